@@ -1,0 +1,60 @@
+"""The optional packages: which extra brings which module, and the error when it is absent.
+
+What every command needs is an ordinary dependency; what only one runtime or verb needs is
+an extra. Probing uses `find_spec`, so nothing heavy is imported by asking.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import ModuleType
+
+from hasten.errors import MissingExtraError
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One optional package: the extra's name, the module it brings and who needs it."""
+
+    name: str
+    module: str
+    distribution: str
+    min_version: str
+    needed_by: str
+
+
+EXTRAS = {
+    extra.module: extra
+    for extra in (
+        Extra("onnxruntime", "onnxruntime_genai", "onnxruntime-genai", "0.18", "the onnxruntime runtime"),
+        Extra("llama-cpp", "llama_cpp", "llama-cpp-python", "0.3.36", "the llama_cpp runtime"),
+        Extra("llama-cpp", "gguf", "gguf", "0.19", "the GGUF export"),
+    )
+}
+
+
+def is_installed(module: str) -> bool:
+    """Whether the module of a row in EXTRAS can be imported, without importing it."""
+    return find_spec(module) is not None
+
+
+def installed_version(module: str) -> str | None:
+    """The installed version of the distribution behind `module`, None if there is none."""
+    try:
+        return metadata.version(EXTRAS[module].distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require(module: str) -> ModuleType:
+    """Imports an optional module.
+
+    Raises:
+        MissingExtraError: it is not installed; the message has the command that installs it.
+    """
+    extra = EXTRAS[module]
+    if not is_installed(module):
+        raise MissingExtraError(
+            f"{extra.needed_by} needs {extra.distribution}>={extra.min_version}: pip install 'hasten[{extra.name}]'"
+        )
+    return import_module(module)

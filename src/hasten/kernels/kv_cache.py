@@ -1,0 +1,53 @@
+"""The paged KV cache: storage for keys and values in blocks of a fixed number of tokens.
+
+Which block belongs to which sequence is decided by `engine.block_manager`; here is only the
+memory and how a step writes to it (Kwon et al., "Efficient Memory Management for Large
+Language Model Serving with PagedAttention", arXiv 2309.06180, section 4).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers.
+
+    Args:
+        keys, values: one tensor a layer, [num_blocks, block_size, num_kv_heads, head_dim].
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def allocate_kv_cache(
+    num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
+) -> KVCache:
+    """A cache of uninitialized memory; a slot is read only after a step has written it."""
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
+    return KVCache(tuple(tensors[:num_layers]), tuple(tensors[num_layers:]))
+
+
+def write_kv(
+    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Writes a step's keys and values into one layer's cache, in place.
+
+    Args:
+        keys, values: [num_blocks, block_size, num_kv_heads, head_dim].
+        k, v: [num_tokens, num_kv_heads, head_dim].
+        slot_mapping: [num_tokens] int64.
+    """
+    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    values.flatten(0, 1).index_copy_(0, slot_mapping, v)

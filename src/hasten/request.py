@@ -1,0 +1,124 @@
+"""What a user asks for and what comes back: the types that every runtime shares.
+
+Frozen and stdlib only, so that they can be built without loading any library and sent
+between processes. The engine's mutable state of a request is `engine.sequence.Sequence`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hasten.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. The default is greedy.
+
+    The order of operations is: penalties, temperature, top-k, top-p, min-p, draw.
+
+    Raises:
+        RequestError: a value outside its range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("max_tokens", self.max_tokens, 1, math.inf),
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_k", 1 if self.top_k is None else self.top_k, 1, math.inf),
+            ("top_p", self.top_p, 1e-9, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("repetition_penalty", self.repetition_penalty, 1e-6, 100.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            ("logprobs", 0 if self.logprobs is None else self.logprobs, 0, 20),
+            ("n", self.n, 1, 128),
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:  # NaN fails every comparison, so it is refused too
+                allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise RequestError(f"{name} must be {allowed}, got {value}")
+        if any(not text for text in self.stop):
+            raise RequestError("a stop string must not be empty")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, already tokenized, and how to continue it.
+
+    Raises:
+        RequestError: the prompt is empty.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise RequestError(f"request {self.request_id}: the prompt is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one continuation, or the end of it.
+
+    Args:
+        index: which of the request's `n` continuations, from 0.
+        token_id: None in an event that only ends a continuation (cancelled, error).
+        time_s: `time.perf_counter()` of the host when the token was known to the runtime's
+            caller; on Linux that clock is shared by all processes.
+        finish_reason: set on the continuation's last event, None before.
+        logprob: log-probability of the token under the model's distribution after
+            penalties and temperature 1, if asked for.
+        top_logprobs: the most probable tokens with their log-probabilities, best first.
+        error: one sentence, with finish_reason "error".
+    """
+
+    request_id: str
+    token_id: int | None
+    time_s: float
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished continuation with its text.
+
+    Args:
+        text: without the stop string and without special tokens.
+        logprobs: one per token if asked for, else empty.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
+    error: str | None = None

@@ -1,0 +1,119 @@
+"""What a runtime is: load, generate, score, close.
+
+A runtime executes one model in one precision. An adapter is one file that nothing imports by
+name: `registry` finds it by string, and only the adapter imports its library. It is driven
+through `process.RuntimeProcess`, so each runtime has a process, and its memory, of its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hasten.request import Request, TokenEvent
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a runtime can do, as data: callers ask here instead of asking for its class.
+
+    Args:
+        schemes: the precisions that it runs.
+        samples: whether it draws tokens (temperature above 0) and applies penalties.
+        in_flight: whether new requests join while others run; if not, requests that are
+            handed over together run as one padded batch.
+        cancels: whether `cancel` ends a running request early.
+    """
+
+    schemes: tuple[str, ...]
+    samples: bool
+    in_flight: bool
+    cancels: bool
+
+
+@dataclass(frozen=True)
+class OperatorSample:
+    """Self time of one operator, all calls together, while requests ran."""
+
+    operator: str
+    time_s: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a runtime is loaded.
+
+    Args:
+        model: a Hugging Face folder, or whatever folder the runtime's `prepare` wrote.
+        scheme: a name in config.SCHEMES.
+        max_num_seqs: most requests that run at the same time.
+        max_model_tokens: most tokens, prompt and output together, of one request.
+        num_threads: CPU threads for operators; None leaves one for each physical core.
+        device: "cpu" or "cuda".
+    """
+
+    model: Path
+    scheme: str
+    max_num_seqs: int = 8
+    max_model_tokens: int = 2048
+    num_threads: int | None = None
+    device: str = "cpu"
+
+
+class Runtime(ABC):
+    """One loaded model. Not safe for use from several threads.
+
+    The constructor loads, and raises ModelError for a model that it cannot run.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def prepare(cls, model: Path, scheme: str, out: Path) -> Path:
+        """Converts a Hugging Face folder into what `RuntimeConfig.model` must name.
+
+        Writes below `out`, which does not exist yet. A runtime that reads the folder as it
+        is returns `model` and writes nothing.
+        """
+        return model
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        """Runs requests that are all handed over now; yields each token as it is known.
+
+        Every request ends in an event with a finish_reason. A request that cannot run ends
+        in "error" and does not disturb the others.
+        """
+
+    @abstractmethod
+    def score(self, token_ids: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Log-probabilities of the next token at each position, one array per sequence.
+
+        Args:
+            token_ids: sequences of the same length, each at most max_model_tokens.
+
+        Returns:
+            float32 [len(sequence), vocab_size] for each sequence, in order; row i is the
+            distribution of token i + 1 given tokens 0 to i.
+        """
+
+    def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
+        """Runs requests under the library's profiler; () where it has none that tells."""
+        return ()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a running request; it yields an event with finish_reason "cancelled".
+
+        Only where capabilities.cancels; elsewhere it does nothing and the request runs on.
+        """
+
+    def close(self) -> None:
+        """Frees what the runtime holds. The object must not be used afterwards."""
