@@ -5,17 +5,27 @@ observed is stored; medians, percentiles and speed-ups are derived by `bench.met
 result can be judged again by other rules. `result.schema.json` beside this file is the JSON
 schema of these classes (msgspec writes it; a test keeps it equal).
 
-What could not be measured is None, with the reason in `BenchResult.missing`.
+What could not be measured is None, with the reason in `BenchResult.missing`. Ranges are checked
+when a file is read, so a result that was read has finite times and counts that fit 64 bits.
 """
 
+import inspect
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 
 from hasten.errors import ResultError
 
 SCHEMA_VERSION = 1
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,10 @@ class ModelInfo:
     name: str
     revision: str
     architecture: str
-    num_parameters: int
-    linear_parameters: int
-    max_context_tokens: int
-    vocab_size: int
+    num_parameters: Count
+    linear_parameters: Count
+    max_context_tokens: Count
+    vocab_size: Count
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,13 @@ class Environment:
 
     hostname_hash: str
     cpu: str
-    num_cpus: int
+    num_cpus: AtLeastOne
     cpu_flags: tuple[str, ...]
-    memory_bytes: int
+    memory_bytes: Count
     os: str
     python: str
     gpus: tuple[str, ...]
-    read_bandwidth_bytes_per_s: float | None
+    read_bandwidth_bytes_per_s: Positive | None
     versions: dict[str, str]
 
 
@@ -74,12 +84,12 @@ class Environment:
 class BenchConfig:
     """How speed is measured: one value for all candidates of a run."""
 
-    prompt_tokens: int
-    new_tokens: int
-    concurrency: tuple[int, ...]
-    num_runs: int
-    num_warmup: int
-    num_threads: int
+    prompt_tokens: AtLeastOne
+    new_tokens: AtLeastOne
+    concurrency: tuple[AtLeastOne, ...]
+    num_runs: AtLeastOne
+    num_warmup: Count
+    num_threads: AtLeastOne
     seed: int
 
 
@@ -93,9 +103,9 @@ class RequestRecord:
     """
 
     request_id: str
-    num_prompt_tokens: int
-    submitted_s: float
-    token_times_s: tuple[float, ...]
+    num_prompt_tokens: Count
+    submitted_s: NotNegative
+    token_times_s: tuple[NotNegative, ...]
     finish_reason: str
     error: str | None = None
 
@@ -109,11 +119,11 @@ class BenchRun:
         cpu_s: CPU time, all threads of the runtime's process, between start and end.
     """
 
-    concurrency: int
-    round_index: int
-    start_s: float
-    end_s: float
-    cpu_s: float
+    concurrency: AtLeastOne
+    round_index: Count
+    start_s: NotNegative
+    end_s: NotNegative
+    cpu_s: NotNegative
     requests: tuple[RequestRecord, ...]
 
 
@@ -126,8 +136,8 @@ class Memory:
         peak_rss_bytes: the most that was resident at any time, loading included.
     """
 
-    loaded_rss_bytes: int
-    peak_rss_bytes: int
+    loaded_rss_bytes: Count
+    peak_rss_bytes: Count
 
 
 @dataclass(frozen=True)
@@ -142,10 +152,10 @@ class Footprint:
         load_s: from nothing to ready for the first request.
     """
 
-    disk_bytes: int
-    weight_bytes_per_token: int | None
-    prepare_s: float
-    load_s: float
+    disk_bytes: Count
+    weight_bytes_per_token: Count | None
+    prepare_s: NotNegative
+    load_s: NotNegative
 
 
 @dataclass(frozen=True)
@@ -158,17 +168,18 @@ class Quality:
         mean_kl: mean over positions of KL(baseline || candidate), in nats; 0 for the baseline.
         top1_agreement: share of positions with the same most probable token.
         greedy_match_tokens: median number of leading greedy tokens equal to the baseline's.
-        greedy_tokens: number of greedy tokens that were compared.
+        greedy_tokens: length of each compared continuation, the most that greedy_match_tokens can be.
+        num_tokens: scored tokens behind perplexity, KL divergence and agreement.
         text: where the held-out text came from.
     """
 
-    perplexity: float
-    bits_per_byte: float
+    perplexity: Positive
+    bits_per_byte: NotNegative
     mean_kl: float
-    top1_agreement: float
-    greedy_match_tokens: float
-    greedy_tokens: int
-    num_tokens: int
+    top1_agreement: Share
+    greedy_match_tokens: NotNegative
+    greedy_tokens: Count
+    num_tokens: Count
     text: str
 
 
@@ -177,8 +188,8 @@ class OperatorTime:
     """Time of one group of operators in a profiled decode, a token."""
 
     group: str
-    time_s: float
-    calls: float
+    time_s: NotNegative
+    calls: NotNegative
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ class ProfileResult:
         bottleneck: one sentence.
     """
 
-    step_s: float
+    step_s: NotNegative
     operators: tuple[OperatorTime, ...]
     bottleneck: str
 
@@ -225,10 +236,19 @@ class BenchResult:
 
 
 def write_result(result: BenchResult, path: Path) -> None:
-    """Writes the JSON file whole or not at all."""
+    """Writes the JSON file whole or not at all.
+
+    Raises:
+        ResultError: a value that no result may have, such as one that is not a number.
+    """
+    encoded = msgspec.json.encode(result)
+    try:
+        msgspec.json.decode(encoded, type=BenchResult)
+    except msgspec.DecodeError as error:
+        raise ResultError(f"the result of {result.candidate.name} is not valid: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    partial.write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
     partial.replace(path)
 
 
@@ -243,13 +263,21 @@ def read_result(path: Path) -> BenchResult:
         result = msgspec.json.decode(path.read_bytes(), type=BenchResult)
     except OSError as error:
         raise ResultError(f"cannot read {path}: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ResultError(f"{path} is not a hasten result: {error}") from error
     if result.schema_version > SCHEMA_VERSION:
-        raise ResultError(f"{path} has schema version {result.schema_version}; this hasten reads up to {SCHEMA_VERSION}")
+        raise ResultError(
+            f"{path} has schema version {result.schema_version}; this hasten reads up to {SCHEMA_VERSION}"
+        )
     return result
 
 
-def json_schema() -> dict[str, object]:
+def json_schema() -> dict[str, Any]:
     """The JSON schema of a result file, draft 2020-12."""
-    return msgspec.json.schema(BenchResult)
+    schema = msgspec.json.schema(BenchResult)
+    for definition in schema["$defs"].values():
+        definition["description"] = inspect.cleandoc(definition["description"])  # Python 3.13 does so by itself
+    # through JSON, which has no tuples, so that it equals what is read from the file
+    return json.loads(
+        json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hasten result", **schema})
+    )

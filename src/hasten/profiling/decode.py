@@ -1,0 +1,109 @@
+"""Where the time of one decode step at batch 1 goes.
+
+The step's wall time is measured without a profiler. Operators are traced with few and with many
+tokens and the difference is taken, so that the prefill cancels; no metric is ever derived in
+this way. Of both, the quickest of several counts: a profile is about shares, and whatever else
+the machine did only adds to them.
+
+A profiler makes each operator slower by its own cost. Where the traced operators alone take
+longer than the step, they are scaled down to it; what lies between them is then too small to be
+seen, and the profile shows it as zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hasten.bench.result import OperatorTime, ProfileResult
+from hasten.errors import RuntimeFailedError
+from hasten.profiling.operators import LINEAR, OUTSIDE, group_times
+from hasten.profiling.roofline import achieved_bytes_per_s, max_tokens_per_s
+from hasten.request import Request, SamplingParams
+from hasten.runtimes.process import RuntimeProcess
+
+SHORT_TOKENS = 2
+LONG_TOKENS = 34
+NUM_TIMED = 3
+NUM_TRACES = 2
+
+
+def profile_decode(
+    process: RuntimeProcess, prompt_token_ids: Sequence[int], bandwidth_bytes_per_s: float | None
+) -> ProfileResult | None:
+    """None where the runtime does not tell its operators' times.
+
+    Args:
+        prompt_token_ids: with LONG_TOKENS more it must fit the runtime's context.
+        bandwidth_bytes_per_s: measured read bandwidth, None where it is not known.
+
+    Raises:
+        RuntimeFailedError: the process failed or gave fewer tokens than asked for.
+    """
+    short, long = (_request(prompt_token_ids, num_tokens) for num_tokens in (SHORT_TOKENS, LONG_TOKENS))
+    # from here on the prompt is in the prefix cache, if there is one
+    if not process.trace([short]):
+        return None
+    step_s = min(_step_s(process, long) for _ in range(NUM_TIMED))
+    num_steps = LONG_TOKENS - SHORT_TOKENS
+    traces = [group_times(process.trace([short]), process.trace([long]), num_steps) for _ in range(NUM_TRACES)]
+    operators = min(traces, key=lambda trace: sum(each.time_s for each in trace))
+    scaled = scale_to_step(operators, step_s)
+    sentence = describe_bottleneck(scaled, step_s, process.weight_bytes_per_token, bandwidth_bytes_per_s)
+    return ProfileResult(step_s, scaled, sentence)
+
+
+def scale_to_step(operators: Sequence[OperatorTime], step_s: float) -> tuple[OperatorTime, ...]:
+    """Operators and what is outside them, adding up to step_s, largest first."""
+    traced_s = sum(each.time_s for each in operators)
+    scale = min(1.0, step_s / traced_s)
+    scaled = [replace(each, time_s=each.time_s * scale) for each in operators]
+    outside = OperatorTime(OUTSIDE, max(0.0, step_s - traced_s), 0.0)
+    return tuple(sorted([*scaled, outside], key=lambda each: each.time_s, reverse=True))
+
+
+def describe_bottleneck(
+    operators: Sequence[OperatorTime],
+    step_s: float,
+    weight_bytes_per_token: int | None,
+    bandwidth_bytes_per_s: float | None,
+) -> str:
+    """One sentence: what takes most of a step, how fast it reads, and what this machine allows.
+
+    Args:
+        operators: largest first.
+    """
+    largest = operators[0]
+    what = "work outside operators (Python, the runtime itself)" if largest.group == OUTSIDE else largest.group
+    sentence = f"{what} takes {largest.time_s / step_s:.0%} of a step ({_ms(largest.time_s)} of {_ms(step_s)})"
+    linear_s = next((each.time_s for each in operators if each.group == LINEAR), 0.0)
+    if not weight_bytes_per_token or linear_s <= 0:
+        return sentence
+    rate = achieved_bytes_per_s(weight_bytes_per_token, linear_s)
+    sentence += f"; linear layers read {weight_bytes_per_token / 1e6:.0f} MB of weights at {rate / 1e9:.1f} GB/s"
+    if not bandwidth_bytes_per_s:
+        return sentence
+    if rate > bandwidth_bytes_per_s:
+        return f"{sentence}, more than memory's {bandwidth_bytes_per_s / 1e9:.1f}: from the processor's caches"
+    limit = max_tokens_per_s(weight_bytes_per_token, bandwidth_bytes_per_s)
+    return (
+        f"{sentence}, {rate / bandwidth_bytes_per_s:.0%} of memory's {bandwidth_bytes_per_s / 1e9:.1f}, "
+        f"which allows at most {limit:.0f} tokens/s on this machine"
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _request(prompt_token_ids: Sequence[int], num_tokens: int) -> Request:
+    sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    return Request(f"profile-{num_tokens}", tuple(prompt_token_ids), sampling)
+
+
+def _step_s(process: RuntimeProcess, request: Request) -> float:
+    """Time per output token of one request."""
+    times = [event.time_s for event in process.generate([request]) if event.token_id is not None]
+    if len(times) != request.sampling.max_tokens:
+        raise RuntimeFailedError(f"profiling got {len(times)} tokens, {request.sampling.max_tokens} were asked for")
+    if times[-1] <= times[0]:
+        raise RuntimeFailedError("profiling got all tokens at once, so a step has no length")
+    return (times[-1] - times[0]) / (len(times) - 1)
