@@ -1,0 +1,155 @@
+"""The native engine: add a request, make a step, abort a request.
+
+Every request that `add_request` accepted ends in one event with a finish_reason for each of
+its continuations. Its blocks are free as soon as it ends.
+
+Not here: text and stop strings (`runtimes.text`), and whatever calls `step` in a loop.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
+
+import torch
+
+from hasten.engine.block_manager import BlockManager, BlockTable
+from hasten.engine.config import EngineConfig
+from hasten.engine.model_runner import Model, ModelRunner
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.sequence import Sequence, make_sequences
+from hasten.errors import RequestError
+from hasten.kernels.kv_cache import KVCache
+from hasten.request import FinishReason, Request, TokenEvent
+
+
+class Engine:
+    """Runs requests in flight on one model and one cache. Not safe for use from several threads.
+
+    Args:
+        config: resolved, with as many blocks as the cache.
+        eos_token_ids: tokens that end a sequence unless its request says ignore_eos.
+        device: where the model and the cache are.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KVCache,
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        device: str = "cpu",
+    ) -> None:
+        self.config = config
+        self.block_manager = BlockManager(kv_cache.num_blocks, kv_cache.block_size, config.consecutive_blocks)
+        self.scheduler = Scheduler(config, self.block_manager)
+        self._runner = ModelRunner(model, kv_cache, device)
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._num_arrivals = 0
+        self._active_ids: dict[str, int] = {}  # request id -> continuations that have not ended
+        self._pending: list[TokenEvent] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to report."""
+        return self.scheduler.has_unfinished or bool(self._pending)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: it can never run; says which figure is beyond which limit.
+        """
+        self._check(request)
+        sequences = make_sequences(request, self._num_arrivals, self._eos_token_ids, self.config.max_model_tokens)
+        self._num_arrivals += len(sequences)
+        self._active_ids[request.request_id] = len(sequences)
+        self.scheduler.add(sequences)
+
+    def step(self) -> list[TokenEvent]:
+        """Computes one step for the sequences that are due; returns their tokens and what has ended."""
+        events, self._pending = self._pending, []
+        if self.scheduler.has_unfinished:
+            schedule = self.scheduler.schedule()
+            sampled = self._runner.execute(schedule) if schedule.chunks else []
+            time_s = time.perf_counter()
+            computed = self.scheduler.commit(schedule, sampled, time_s)
+            computed += [_end(each, "error", time_s, self._too_long(each)) for each in schedule.too_long]
+            self._count_ends(computed)
+            events += computed
+        return events
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, frees its blocks at once; the next step returns its "cancelled" events.
+
+        An id that is unknown or has ended is ignored: it may end while the caller decides.
+        """
+        time_s = time.perf_counter()
+        ends = [_end(each, "cancelled", time_s) for each in self.scheduler.abort(request_id)]
+        self._count_ends(ends)
+        self._pending += ends
+
+    def prompt_logits(self, token_ids: Items[int], chunk_tokens: int) -> Iterator[torch.Tensor]:
+        """Logits after each token of a prompt, outside any request; see ModelRunner.prompt_logits.
+
+        Raises:
+            RequestError: the prompt is too long.
+            OutOfBlocksError: running requests hold the blocks that it needs.
+        """
+        if len(token_ids) > self.config.max_model_tokens:
+            raise RequestError(
+                f"a sequence to score has {len(token_ids)} tokens and the most is {self.config.max_model_tokens}: "
+                "score shorter ones, or raise max_model_tokens"
+            )
+        table = BlockTable()
+        self.block_manager.grow(table, len(token_ids), len(token_ids))
+        try:
+            yield from self._runner.prompt_logits(token_ids, table, chunk_tokens)
+        finally:
+            self.block_manager.release(table)
+
+    def _check(self, request: Request) -> None:
+        name = f"request {request.request_id}"
+        num_tokens = len(request.prompt_token_ids)
+        num_cache_tokens = self.block_manager.num_blocks * self.block_manager.block_size
+        if request.request_id in self._active_ids:
+            raise RequestError(f"{name}: a request with this id is running; give each its own id")
+        if num_tokens >= self.config.max_model_tokens:
+            raise RequestError(
+                f"{name}: the prompt has {num_tokens} tokens and a sequence, prompt and output together, at most "
+                f"{self.config.max_model_tokens}: shorten the prompt to {self.config.max_model_tokens - 1} or less"
+            )
+        if num_tokens > num_cache_tokens:
+            raise RequestError(
+                f"{name}: the prompt has {num_tokens} tokens and the KV cache room for {num_cache_tokens}: "
+                "shorten the prompt or raise num_blocks"
+            )
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self._vocab_size:
+            wrong = next(each for each in request.prompt_token_ids if not 0 <= each < self._vocab_size)
+            raise RequestError(f"{name}: token id {wrong} is not between 0 and {self._vocab_size - 1}")
+
+    def _too_long(self, sequence: Sequence) -> str:
+        return (
+            f"the sequence has {len(sequence.token_ids)} tokens and the KV cache room for "
+            f"{self.block_manager.num_blocks * self.block_manager.block_size}: lower max_tokens or raise num_blocks"
+        )
+
+    def _count_ends(self, events: Iterable[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is not None:
+                self._active_ids[event.request_id] -= 1
+                if self._active_ids[event.request_id] == 0:
+                    del self._active_ids[event.request_id]
+
+
+def _end(sequence: Sequence, reason: FinishReason, time_s: float, error: str | None = None) -> TokenEvent:
+    return TokenEvent(
+        request_id=sequence.request.request_id,
+        token_id=None,
+        time_s=time_s,
+        index=sequence.index,
+        finish_reason=reason,
+        error=error,
+    )

@@ -1,0 +1,107 @@
+"""Turns a schedule into tensors, runs the model, and hands the logits to the sampler.
+
+Not here: any decision about what runs; `scheduler` has allocated every block that a step
+writes to.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+import torch
+
+from hasten.engine.block_manager import BlockTable
+from hasten.engine.sampler import SampledToken, sample
+from hasten.engine.scheduler import Schedule
+from hasten.kernels.kv_cache import KVCache
+from hasten.models.batch import Batch
+
+
+class Model(Protocol):
+    """What the engine needs of a model: models.decoder.Decoder has it."""
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """Logits, [num_logits, vocab_size] float32, of the tokens batch.logits_indices."""
+
+
+class ModelRunner:
+    """Runs steps of one model on one cache.
+
+    Args:
+        device: where the cache and the model are.
+    """
+
+    def __init__(self, model: Model, kv_cache: KVCache, device: str) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._block_size = kv_cache.block_size
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, schedule: Schedule) -> list[SampledToken]:
+        """Computes a step; returns a token for each chunk that samples, in their order."""
+        logits = self._model.forward(self.build_batch(schedule), self._kv_cache)  # [num_logits, vocab_size]
+        return sample(logits, [chunk.sequence for chunk in schedule.chunks if chunk.samples])
+
+    def build_batch(self, schedule: Schedule) -> Batch:
+        """The tensors of a step."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        cu_seqlens_q = [0]
+        context_lens: list[int] = []
+        block_tables: list[tuple[int, ...]] = []
+        logits_indices: list[int] = []
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            start = sequence.num_computed_tokens
+            end = start + chunk.num_tokens
+            block_ids = sequence.table.block_ids
+            token_ids += sequence.token_ids[start:end]
+            positions += range(start, end)
+            slots += self._slots(block_ids, start, end)
+            cu_seqlens_q.append(len(token_ids))
+            context_lens.append(end)
+            block_tables.append(tuple(block_ids[: -(-end // self._block_size)]))
+            if chunk.samples:
+                logits_indices.append(len(token_ids) - 1)
+        return Batch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            slot_mapping=self._tensor(slots),
+            cu_seqlens_q=tuple(cu_seqlens_q),
+            context_lens=tuple(context_lens),
+            block_tables=tuple(block_tables),
+            logits_indices=self._tensor(logits_indices),
+        )
+
+    @torch.inference_mode()
+    def prompt_logits(self, token_ids: Items[int], table: BlockTable, chunk_tokens: int) -> Iterator[torch.Tensor]:
+        """Logits of all positions of one prompt, computed in chunks.
+
+        Args:
+            table: holds blocks for all the tokens; they are written.
+            chunk_tokens: most tokens of a chunk; its logits are all that is in memory at a time.
+
+        Returns:
+            [at most chunk_tokens, vocab_size] float32 for each chunk, in order.
+        """
+        for start in range(0, len(token_ids), chunk_tokens):
+            end = min(start + chunk_tokens, len(token_ids))
+            batch = Batch(
+                token_ids=self._tensor(list(token_ids[start:end])),
+                positions=torch.arange(start, end, device=self._device),
+                slot_mapping=self._tensor(self._slots(table.block_ids, start, end)),
+                cu_seqlens_q=(0, end - start),
+                context_lens=(end,),
+                block_tables=(tuple(table.block_ids[: -(-end // self._block_size)]),),
+                logits_indices=torch.arange(end - start, device=self._device),
+            )
+            yield self._model.forward(batch, self._kv_cache)
+
+    def _slots(self, block_ids: list[int], start: int, end: int) -> list[int]:
+        size = self._block_size
+        return [block_ids[position // size] * size + position % size for position in range(start, end)]
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -1,0 +1,240 @@
+"""Which tokens of which sequences the next step computes.
+
+In-flight batching: sequences join and leave between steps. A step first gives every decoding
+sequence its token, then fills what is left of the token budget with chunks of prompts, in the
+order of arrival, and admits waiting sequences as long as there are blocks.
+
+The invariant: every running sequence arrived before every waiting one. So nothing is
+overtaken; and as preemption always takes the latest arrival, the earliest sequence always
+advances: nobody starves. A preempted sequence gives up its blocks and computes them again
+later (preemption by recompute, arXiv 2309.06180, section 4.5).
+
+Not here: the tensors of the step (`model_runner`) and the choice of the token (`sampler`).
+"""
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from hasten.engine.block_manager import BlockManager
+from hasten.engine.config import EngineConfig
+from hasten.engine.sampler import SampledToken
+from hasten.engine.sequence import Sequence
+from hasten.errors import OutOfBlocksError
+from hasten.request import FinishReason, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The tokens of one sequence that a step computes.
+
+    Args:
+        num_tokens: counted from the sequence's first uncomputed token.
+        samples: whether these are the last tokens known, so that the next one is drawn.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step.
+
+    Args:
+        too_long: sequences that ended because the whole cache cannot hold them.
+    """
+
+    chunks: Items[ScheduledChunk]
+    too_long: Items[Sequence] = ()
+
+
+class Scheduler:
+    """Holds the sequences that wait and those that run.
+
+    Args:
+        config: resolved.
+    """
+
+    def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self._config = config
+        self._blocks = block_manager
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequences: Items[Sequence]) -> None:
+        """Queues sequences; they must be handed over in the order of arrival."""
+        self.waiting.extend(sequences)
+
+    def abort(self, request_id: str) -> tuple[Sequence, ...]:
+        """Removes a request's sequences and frees their blocks; returns them."""
+        aborted = tuple(each for each in (*self.running, *self.waiting) if each.request.request_id == request_id)
+        if aborted:
+            for sequence in aborted:
+                self._blocks.release(sequence.table)
+            self.running = [each for each in self.running if each not in aborted]
+            self.waiting = deque(each for each in self.waiting if each not in aborted)
+        return aborted
+
+    def schedule(self) -> Schedule:
+        """Chooses the next step and allocates the blocks that it writes to."""
+        chunks: list[ScheduledChunk] = []
+        too_long: list[Sequence] = []
+        num_preemptions = self.num_preemptions
+        for sequence in tuple(self.running):
+            if sequence.num_uncomputed_tokens == 1 and self._grow(sequence, too_long):
+                chunks.append(ScheduledChunk(sequence, 1, True))
+        budget = self._config.max_num_batched_tokens - len(chunks)
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1 and budget > 0:
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].num_tokens
+        if self.num_preemptions == num_preemptions:
+            while self.waiting and budget > 0 and self._admit():
+                chunks.append(_chunk(self.running[-1], budget))
+                budget -= chunks[-1].num_tokens
+        return Schedule(chunks, too_long)
+
+    def commit(self, schedule: Schedule, sampled: Items[SampledToken], time_s: float) -> list[TokenEvent]:
+        """Takes over a computed step: appends the drawn tokens and ends what has ended.
+
+        Args:
+            sampled: one for each chunk that samples, in their order.
+            time_s: when the tokens were known.
+        """
+        events: list[TokenEvent] = []
+        reason: FinishReason | None
+        finished: list[Sequence] = []
+        tokens = iter(sampled)
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            self._advance(sequence, chunk.num_tokens)
+            if not chunk.samples:
+                continue
+            token = next(tokens)
+            sequence.token_ids.append(token.token_id)
+            reason = "error" if token.error else _finish_reason(sequence)
+            if reason is not None:
+                finished.append(sequence)
+            events.append(
+                TokenEvent(
+                    request_id=sequence.request.request_id,
+                    token_id=None if token.error else token.token_id,
+                    time_s=time_s,
+                    index=sequence.index,
+                    finish_reason=reason,
+                    logprob=token.logprob,
+                    top_logprobs=token.top_logprobs,
+                    error=token.error,
+                )
+            )
+        for sequence in finished:
+            self._leave(sequence)
+        return events
+
+    def check_integrity(self) -> None:
+        """Fails if a block has leaked or was freed while held, or if a sequence was overtaken."""
+        sequences = (*self.running, *self.waiting)
+        self._blocks.check_integrity(sequence.table for sequence in sequences)
+        arrivals = [sequence.arrival for sequence in sequences]
+        assert arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}"
+        assert len(self.running) <= self._config.max_num_seqs
+        assert all(not each.table.block_ids and each.num_computed_tokens == 0 for each in self.waiting)
+
+    def _grow(self, sequence: Sequence, too_long: list[Sequence]) -> bool:
+        """Makes room for a running sequence's tokens; False if it had to leave.
+
+        Takes the blocks of later arrivals if no other is free.
+        """
+        while sequence in self.running:
+            try:
+                self._blocks.grow(sequence.table, len(sequence.token_ids), sequence.max_total_tokens)
+                return True
+            except OutOfBlocksError:
+                if self._blocks.num_blocks_for(len(sequence.token_ids)) > self._blocks.num_blocks:
+                    self._leave(sequence)
+                    too_long.append(sequence)
+                else:
+                    self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.num_computed_tokens = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.table)
+        self.running.remove(sequence)
+
+    def _admit(self) -> bool:
+        """Moves the first waiting sequence to the running ones, with blocks for all its tokens, if it may."""
+        sequence = self.waiting[0]
+        if len(self.running) == self._config.max_num_seqs or self._prompt_is_being_computed(sequence):
+            return False
+        num_shared_tokens = self._share_prefix(sequence)
+        # Beyond its own it leaves a block for each running sequence, or the next step might preempt it.
+        num_missing = self._blocks.num_blocks_for(len(sequence.token_ids)) - len(sequence.table.block_ids)
+        if num_missing + len(self.running) > self._blocks.num_free_blocks:
+            self._blocks.release(sequence.table)
+            return False
+        self._blocks.grow(sequence.table, len(sequence.token_ids), sequence.max_total_tokens)
+        sequence.num_computed_tokens = num_shared_tokens
+        self.num_prefix_hit_tokens += num_shared_tokens
+        self.running.append(self.waiting.popleft())
+        return True
+
+    def _prompt_is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether another continuation of the same request is about to fill blocks that it can share."""
+        return any(
+            each.request is sequence.request and each.num_computed_tokens < self._num_shareable_tokens(each)
+            for each in self.running
+        )
+
+    def _num_shareable_tokens(self, sequence: Sequence) -> int:
+        """Tokens of the prompt in blocks that can be shared: full, and not with the last token.
+
+        The last token is always computed, because its logits are needed.
+        """
+        block_size = self._config.block_size
+        return (sequence.num_prompt_tokens - 1) // block_size * block_size
+
+    def _share_prefix(self, sequence: Sequence) -> int:
+        """Gives a sequence the known blocks that it starts with; returns the number of their tokens."""
+        if not self._config.enable_prefix_cache and sequence.index == 0:
+            return 0
+        block_size = self._config.block_size
+        for index in range((len(sequence.token_ids) - 1) // block_size):
+            block = self._blocks.find(sequence.cached_block(index, block_size))
+            if block is None:
+                break
+            self._blocks.share(sequence.table, block)
+        return len(sequence.table.block_ids) * block_size
+
+    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """Counts tokens as computed, and makes the blocks that they filled known."""
+        block_size = self._config.block_size
+        first_block = sequence.num_computed_tokens // block_size
+        sequence.num_computed_tokens += num_tokens
+        if self._config.enable_prefix_cache or sequence.sampling.n > 1:
+            for index in range(first_block, sequence.num_computed_tokens // block_size):
+                self._blocks.record(sequence.table.block_ids[index], sequence.cached_block(index, block_size))
+
+
+def _chunk(sequence: Sequence, budget: int) -> ScheduledChunk:
+    num_tokens = min(sequence.num_uncomputed_tokens, budget)
+    return ScheduledChunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    if sequence.token_ids[-1] in sequence.stop_token_ids:
+        return "stop"
+    return "length" if len(sequence.token_ids) >= sequence.max_total_tokens else None

@@ -1,0 +1,164 @@
+"""The engine's promises to its caller: every request ends, and says why."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hasten.engine.engine import Engine
+from hasten.errors import RequestError
+from hasten.request import Request, SamplingParams, TokenEvent
+
+Run = Callable[..., dict[tuple[str, int], list[TokenEvent]]]
+Expected = Callable[[list[int], int], list[int]]
+
+
+def request(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), **sampling: object) -> Request:
+    return Request(request_id, prompt, SamplingParams(**sampling))
+
+
+def tokens_in(events: list[TokenEvent]) -> list[int | None]:
+    return [event.token_id for event in events]
+
+
+def test_greedy_tokens_and_their_end(make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected) -> None:
+    events = run(make_engine(), [request(max_tokens=20)])["r", 0]
+    assert tokens_in(events) == expected_tokens([1, 2, 3], 20)
+    assert [event.finish_reason for event in events] == [None] * 19 + ["length"]
+    times = [event.time_s for event in events]
+    assert times == sorted(times)
+
+
+def test_eos_token_ends_a_continuation_and_is_reported(
+    make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected
+) -> None:
+    tokens = expected_tokens([1, 2, 3], 20)
+    length = tokens.index(tokens[7]) + 1
+    engine = make_engine(eos_token_ids=[tokens[7]])
+    events = run(engine, [request(max_tokens=20)])["r", 0]
+    assert tokens_in(events) == tokens[:length]
+    assert events[-1].finish_reason == "stop"
+    assert tokens_in(run(engine, [request(max_tokens=20, ignore_eos=True)])["r", 0]) == tokens
+
+
+def test_stop_token_ids_hold_even_without_eos(
+    make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected
+) -> None:
+    tokens = expected_tokens([1, 2, 3], 20)
+    sampling = {"max_tokens": 20, "ignore_eos": True, "stop_token_ids": (tokens[5],)}
+    events = run(make_engine(), [request(**sampling)])["r", 0]
+    assert tokens_in(events) == tokens[: tokens.index(tokens[5]) + 1]
+    assert events[-1].finish_reason == "stop"
+
+
+def test_output_ends_at_the_context(make_engine: Callable[..., Engine], run: Run) -> None:
+    events = run(make_engine(max_model_tokens=10), [request(max_tokens=100)])["r", 0]
+    assert len(events) == 7
+    assert events[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limits", "message"),
+    [
+        ((1,) * 128, {}, "prompt has 128 tokens .* at most 128: shorten the prompt to 127 or less"),
+        ((1,) * 20, {"num_blocks": 4}, "prompt has 20 tokens and the KV cache room for 16"),
+        ((1, 50), {}, "token id 50 is not between 0 and 49"),
+        ((1, -1), {}, "token id -1 is not between 0 and 49"),
+    ],
+)
+def test_request_that_can_never_run_is_refused(
+    make_engine: Callable[..., Engine], prompt: tuple[int, ...], limits: dict, message: str
+) -> None:
+    engine = make_engine(**limits)
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(request(prompt=prompt))
+    assert not engine.has_unfinished
+
+
+def test_request_id_may_be_used_again_once_it_has_ended(make_engine: Callable[..., Engine], run: Run) -> None:
+    engine = make_engine()
+    engine.add_request(request(n=2))
+    with pytest.raises(RequestError, match="a request with this id is running"):
+        engine.add_request(request())
+    engine.abort("r")
+    engine.add_request(request(max_tokens=1))
+    assert [event.finish_reason for event in run(engine)["r", 0]] == ["cancelled", "length"]
+
+
+def test_abort_frees_blocks_at_once(make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected) -> None:
+    engine = make_engine(max_num_seqs=3)
+    engine.add_request(request("kept", max_tokens=10))
+    engine.add_request(request("aborted", n=4, max_tokens=10))
+    events = [event for _ in range(3) for event in engine.step()]
+    num_free = engine.block_manager.num_free_blocks
+    engine.abort("aborted")
+    assert engine.block_manager.num_free_blocks > num_free
+    engine.scheduler.check_integrity()
+    engine.abort("aborted")
+    engine.abort("unknown")
+    rest = run(engine)
+    assert [rest["aborted", index][-1].finish_reason for index in range(4)] == ["cancelled"] * 4
+    assert all(len(rest["aborted", index]) == 1 for index in range(4))
+    kept = [event for event in events if event.request_id == "kept"] + rest["kept", 0]
+    assert tokens_in(kept) == expected_tokens([1, 2, 3], 10)
+
+
+def test_continuations_of_a_greedy_request_agree(make_engine: Callable[..., Engine], run: Run) -> None:
+    events = run(make_engine(), [request(prompt=tuple(range(13)), n=3, max_tokens=9)])
+    assert [tokens_in(events["r", index]) for index in range(3)] == [tokens_in(events["r", 0])] * 3
+
+
+def test_logits_that_are_not_finite_end_one_request_in_an_error(
+    make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    model = engine._runner._model
+    forward = model.forward
+
+    def spoil_first_row(*args: object) -> torch.Tensor:
+        logits = forward(*args)  # type: ignore[arg-type]
+        logits[0] = torch.nan
+        return logits
+
+    engine.add_request(request("bad"))
+    engine.add_request(request("good", max_tokens=5))
+    monkeypatch.setattr(model, "forward", spoil_first_row)
+    first = engine.step()
+    monkeypatch.undo()
+    assert [(event.finish_reason, event.token_id) for event in first if event.request_id == "bad"] == [("error", None)]
+    rest = run(engine)
+    assert tokens_in([event for event in first if event.request_id == "good"] + rest["good", 0]) == expected_tokens(
+        [1, 2, 3], 5
+    )
+
+
+def test_500_random_requests_with_random_aborts_leave_every_block_free(
+    make_engine: Callable[..., Engine], expected_tokens: Expected
+) -> None:
+    rng = random.Random(0)
+    engine = make_engine(num_blocks=40, max_num_seqs=6, max_num_batched_tokens=24, max_model_tokens=64)
+    prompts: dict[str, tuple[int, ...]] = {}
+    events: dict[tuple[str, int], list[TokenEvent]] = {}
+    while len(prompts) < 500 or engine.has_unfinished:
+        for _ in range(rng.randint(0, 2)):
+            if len(prompts) < 500:
+                request_id = f"r{len(prompts)}"
+                start = rng.randint(0, 3)
+                prompts[request_id] = tuple((start + i) % 50 for i in range(rng.randint(1, 50)))
+                engine.add_request(
+                    request(request_id, prompts[request_id], max_tokens=rng.randint(1, 12), n=rng.choice((1, 1, 1, 3)))
+                )
+        if rng.random() < 0.2:
+            engine.abort(f"r{rng.randrange(500)}")
+        for event in engine.step():
+            events.setdefault((event.request_id, event.index), []).append(event)
+        engine.scheduler.check_integrity()
+    assert engine.block_manager.num_free_blocks == 40
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.num_prefix_hit_tokens > 0
+    assert {request_id for request_id, _ in events} == set(prompts)
+    for (request_id, _), each in events.items():
+        tokens = [event.token_id for event in each if event.token_id is not None]
+        assert tokens == expected_tokens(list(prompts[request_id]), len(tokens))
+        assert [event.finish_reason for event in each if event.finish_reason] == [each[-1].finish_reason]
