@@ -49,5 +49,6 @@ def write_kv(
         k, v: [num_tokens, num_kv_heads, head_dim].
         slot_mapping: [num_tokens] int64.
     """
-    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    values.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    slots = (-1, *keys.shape[2:])
+    keys.view(slots).index_copy_(0, slot_mapping, k)
+    values.view(slots).index_copy_(0, slot_mapping, v)

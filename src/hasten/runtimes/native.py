@@ -15,6 +15,7 @@ import torch
 from hasten.engine.build import build
 from hasten.engine.config import EngineConfig, resolve
 from hasten.engine.engine import Engine
+from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.errors import RequestError
 from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
@@ -39,6 +40,8 @@ class NativeRuntime(Runtime):
         super().__init__(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if is_engine_folder(config.model):
+            read_engine_manifest(config.model)  # refuses a damaged folder before its weights are read
         decoder = load_decoder(config.model, config.scheme, config.device)
         self.weight_bytes_per_token = decoder.weight_bytes_per_token
         shape = decoder.config

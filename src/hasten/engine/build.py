@@ -1,0 +1,172 @@
+"""Writes an engine folder from a Hugging Face folder: weights in a scheme, checked and described.
+
+Modules are read, quantized and written one group at a time, so memory stays near SHARD_BYTES.
+The folder is written beside its place and renamed when it is whole; whatever goes wrong, and
+Ctrl-C too, leaves nothing behind.
+"""
+
+import errno
+import logging
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hasten.artifact import ModelRef, inspect
+from hasten.config import Scheme, scheme_named
+from hasten.engine.folder import (
+    SCHEMA_VERSION,
+    EngineManifest,
+    file_entry,
+    is_engine_folder,
+    write_engine_manifest,
+)
+from hasten.errors import ResourceError, UsageError
+from hasten.models.config import DecoderConfig
+from hasten.models.weights import EMBEDDING, WeightReader, norm_shapes
+from hasten.quantization.packing import pack_int4
+from hasten.quantization.rtn import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 1 << 30
+
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+
+
+def build(model: Path, scheme: str, out: Path) -> Path:
+    """Converts a model and returns `out`, which must not exist.
+
+    Raises:
+        ModelError: a model that the native engine cannot run.
+        UsageError: an unknown scheme, `out` exists, or `model` is an engine folder.
+        ResourceError: too little disk, said before anything is written.
+    """
+    target = scheme_named(scheme)
+    if out.exists():
+        raise UsageError(f"{out} exists: name another output folder or remove it")
+    if is_engine_folder(Path(model)):
+        raise UsageError(f"{model} is an engine folder already: give the model that it was built from")
+    source = inspect(model)
+    reader = WeightReader(source, DecoderConfig.from_hf(source.config), target)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(reader, out.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write(partial, source, reader, target)
+        partial.chmod(0o755)
+        partial.rename(out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ResourceError(f"the disk of {out.parent} is full: free some space and build again") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def engine_bytes(reader: WeightReader) -> int:
+    """Bytes of the weights that a build writes, to within a few headers."""
+    dense_bytes = reader.dtype.itemsize
+    total = 0
+    for module, (rows, columns, _) in reader.linears.items():
+        if reader.scheme.is_quantized:
+            total += rows * columns * reader.bits(module) // 8 + rows * 2 * (1 + columns // 32)
+        else:
+            total += rows * columns * dense_bytes
+    if not reader.config.tied_head:
+        total += reader.config.vocab_size * reader.config.hidden_size * dense_bytes
+    return total
+
+
+def _check_disk(reader: WeightReader, folder: Path) -> None:
+    needed, free = engine_bytes(reader), _free_bytes(folder)
+    if needed > free:
+        raise ResourceError(
+            f"the engine needs {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
+            "free some space or name an output folder on another disk"
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _write(folder: Path, source: ModelRef, reader: WeightReader, scheme: Scheme) -> None:
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes, num_shards = 0, 0
+    with torch.inference_mode():
+        for name, tensor in _tensors(reader):
+            if shard and shard_bytes + tensor.nbytes > SHARD_BYTES:
+                num_shards += 1
+                save_file(shard, folder / f"weights-{num_shards:05d}.safetensors")
+                shard, shard_bytes = {}, 0
+            shard[name] = tensor
+            shard_bytes += tensor.nbytes
+        save_file(shard, folder / f"weights-{num_shards + 1:05d}.safetensors")
+    for name in COPIED_FILES:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, folder / name)
+    overrides = {name: bits for name in reader.linears if (bits := reader.bits(name)) != scheme.weight_bits}
+    for name, bits in overrides.items():
+        logger.info("%s: %s has %d bits in scheme %s", source.name, name, bits, scheme.name)
+    write_engine_manifest(
+        folder,
+        EngineManifest(
+            schema_version=SCHEMA_VERSION,
+            source_name=source.name,
+            source_revision=source.revision,
+            architecture=source.architecture,
+            scheme=scheme.name,
+            overrides=overrides,
+            hardware={"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()},
+            versions={name: metadata.version(name) for name in ("hasten", "torch", "safetensors")},
+            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+        ),
+    )
+
+
+def _tensors(reader: WeightReader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the engine folder, name and value."""
+    if not reader.shares_embedding:
+        yield f"{EMBEDDING}.weight", _owned(reader.embedding().to(reader.dtype))
+    for module, (rows, columns, _) in reader.linears.items():
+        if module == "lm_head" and reader.config.tied_head and not reader.scheme.is_quantized:
+            continue
+        linear = reader.linear(module)
+        if linear.bias is not None:
+            yield f"{module}.bias", _owned(linear.bias)
+        if not isinstance(linear.weight, QuantizedWeight):
+            yield f"{module}.weight", _owned(linear.weight)
+            continue
+        yield f"{module}.weight_scale", linear.weight.scale
+        if linear.weight.bits == 8:
+            yield f"{module}.weight", linear.weight.codes
+        else:
+            yield f"{module}.weight_packed", pack_int4(linear.weight.codes)
+            yield f"{module}.weight_shape", torch.tensor([rows, columns])
+    for module in norm_shapes(reader.config):
+        yield f"{module}.weight", _owned(reader.tensor(f"{module}.weight"))
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with its own memory, since what a reader returns may be a view of a mapped file."""
+    return tensor.contiguous().clone()

@@ -1,0 +1,163 @@
+"""Attention over the paged KV cache, for a step that mixes prefill chunks and decode tokens.
+
+Everything that depends on the step but not on the layer (which slots a sequence reads, its
+mask) is worked out once in an AttentionPlan. Grouped queries are handed to SDPA as rows or
+heads that share a key head, so keys and values are never repeated in memory; a sequence whose
+blocks are consecutive is read in place.
+
+It reads the cache; `kv_cache.write_kv` must have written the step's tokens before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """What one sequence of the step reads.
+
+    Args:
+        num_queries: its tokens in the step, the last ones of num_keys.
+        first_slot: the first slot that is read, if the blocks are consecutive.
+        slots: the slots that are read, [num_keys] int64, if they are not.
+        mask: [num_queries, num_keys], 0 or -inf, where causality alone does not say it.
+    """
+
+    num_queries: int
+    num_keys: int
+    first_slot: int | None
+    slots: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What a step reads, for all layers that have the same window."""
+
+    sequences: tuple[SequencePlan, ...]
+    query_lens: tuple[int, ...]
+
+
+def plan_attention(
+    cu_seqlens_q: Sequence[int],
+    context_lens: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    *,
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> AttentionPlan:
+    """Plans a step; the arguments are those of `models.batch.Batch`.
+
+    Args:
+        window: tokens that a query sees, itself included; None for all.
+        dtype: of the queries.
+    """
+    sequences = []
+    for index, context_len in enumerate(context_lens):
+        num_queries = cu_seqlens_q[index + 1] - cu_seqlens_q[index]
+        first_key = 0 if window is None else max(0, context_len - num_queries - window + 1)
+        num_keys = context_len - first_key
+        first_slot, slots = _slots(block_tables[index], first_key, context_len, block_size)
+        mask = None
+        is_plain_causal = num_keys == num_queries and (window is None or num_keys <= window)
+        if num_queries > 1 and not is_plain_causal:
+            mask = _mask(num_queries, num_keys, window, dtype)
+        sequences.append(SequencePlan(num_queries, num_keys, first_slot, slots, mask))
+    return AttentionPlan(tuple(sequences), tuple(sequence.num_queries for sequence in sequences))
+
+
+def _slots(
+    blocks: Sequence[int], first_key: int, context_len: int, block_size: int
+) -> tuple[int | None, torch.Tensor | None]:
+    first_block, last_block = first_key // block_size, (context_len - 1) // block_size
+    used = blocks[first_block : last_block + 1]
+    offset = first_key - first_block * block_size
+    if all(used[i] + 1 == used[i + 1] for i in range(len(used) - 1)):
+        return used[0] * block_size + offset, None
+    slots = (torch.tensor(used).unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
+    return None, slots[offset : offset + context_len - first_key]
+
+
+def _mask(num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    query = torch.arange(num_keys - num_queries, num_keys).unsqueeze(1)
+    key = torch.arange(num_keys).unsqueeze(0)
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    return torch.zeros(num_queries, num_keys, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """Causal attention of one sequence in float32, softmax written out.
+
+    Args:
+        q: [num_queries, heads, dim], the last tokens of the sequence.
+        k, v: [num_keys, kv_heads, dim], all of its tokens.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (each.float().repeat_interleave(group, dim=1) for each in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    scores = scores + _mask(q.shape[0], k.shape[0], window, torch.float32)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(q.dtype)
+
+
+def paged_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Attention of all sequences of a step.
+
+    Args:
+        q: [num_tokens, heads, dim].
+        keys, values: one layer's cache, [num_blocks, block_size, kv_heads, dim].
+
+    Returns:
+        [num_tokens, heads * dim].
+    """
+    num_kv_heads = keys.shape[2]
+    groups = (num_kv_heads, q.shape[1] // num_kv_heads)
+    queries = q.unflatten(1, groups).split_with_sizes(plan.query_lens)
+    outputs = [
+        _decode(rows, keys, values, sequence, scale)
+        if sequence.num_queries == 1
+        else _prefill(rows, keys, values, sequence, scale)
+        for rows, sequence in zip(queries, plan.sequences, strict=True)
+    ]
+    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return attended.view(q.shape[0], -1)
+
+
+def _read(cache: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
+    """The sequence's keys or values, [kv_heads, 1, num_keys, dim]: a view where blocks are consecutive."""
+    _, _, num_kv_heads, dim = cache.shape
+    if plan.slots is not None:
+        return cache.flatten(0, 1).index_select(0, plan.slots).transpose(0, 1).unsqueeze(1)
+    assert plan.first_slot is not None
+    row = num_kv_heads * dim
+    return cache.as_strided((num_kv_heads, 1, plan.num_keys, dim), (dim, 0, row, 1), plan.first_slot * row)
+
+
+def _decode(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
+) -> torch.Tensor:
+    """One token, [1, kv_heads, group, dim]: a group's queries are rows of the product with its key head."""
+    k, v = _read(keys, plan), _read(values, plan)
+    return _flash(q.transpose(0, 1), k, v, 0.0, False, scale=scale)[0].view(q.shape)
+
+
+def _prefill(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
+) -> torch.Tensor:
+    """Several tokens, [num_queries, kv_heads, group, dim]: a group's queries are heads that share a key head."""
+    k, v = _read(keys, plan), _read(values, plan)
+    shared = (-1, q.shape[2], -1, -1)
+    is_causal = plan.mask is None
+    rows = q.permute(1, 2, 0, 3)
+    attended = _flash(rows, k.expand(shared), v.expand(shared), 0.0, is_causal, attn_mask=plan.mask, scale=scale)[0]
+    return attended.permute(2, 0, 1, 3).contiguous()

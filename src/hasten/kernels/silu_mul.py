@@ -1,0 +1,15 @@
+"""The gated MLP's activation: silu(gate) * up on the two halves of one fused product."""
+
+import torch
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [num_tokens, 2 * intermediate] → [num_tokens, intermediate]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.sigmoid(gate) * gate * up
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """The same in two operators; gate_up is left as it is."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
