@@ -62,6 +62,15 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+def option(default: Any, help: str, flags: tuple[str, ...] = ()) -> Any:
+    """A dataclass field whose default and help the command line reads.
+
+    Args:
+        flags: spellings on the command line; without them, the field's name with dashes.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flags": flags})
+
+
 T = TypeVar("T")
 
 

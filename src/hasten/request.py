@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hasten.config import option
 from hasten.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -23,20 +24,20 @@ class SamplingParams:
         RequestError: a value outside its range.
     """
 
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    n: int = 1
+    max_tokens: int = option(128, "most tokens to generate")
+    temperature: float = option(0.0, "0 is greedy; higher is more random")
+    top_k: int | None = option(None, "draw from the K most probable tokens")
+    top_p: float = option(1.0, "draw from the fewest tokens that hold this probability")
+    min_p: float = option(0.0, "drop tokens below this share of the most probable one's probability")
+    repetition_penalty: float = option(1.0, "divide positive logits of tokens seen in prompt or output")
+    presence_penalty: float = option(0.0, "subtract from the logits of tokens already generated")
+    frequency_penalty: float = option(0.0, "subtract for each time a token was generated")
+    seed: int | None = option(None, "the same seed draws the same tokens")
+    stop: tuple[str, ...] = option((), "text that ends the output")
+    stop_token_ids: tuple[int, ...] = option((), "token ids that end the output, comma-separated")
+    ignore_eos: bool = option(False, "go on after the end-of-sequence token")
+    logprobs: int | None = option(None, "log-probabilities of the N most probable tokens")
+    n: int = option(1, "continuations of each prompt")
 
     def __post_init__(self) -> None:
         limits = (

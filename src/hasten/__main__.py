@@ -1,0 +1,5 @@
+"""`python -m hasten`: the same as `hasten`."""
+
+from hasten.cli.main import main
+
+main()

@@ -1,0 +1,61 @@
+"""Whether this machine can run a model: architecture, tokenizer, and the memory that each candidate needs."""
+
+from pathlib import Path
+
+from hasten.artifact import ModelRef, inspect
+from hasten.errors import HastenError
+from hasten.hardware import Hardware, probe
+from hasten.hub import resolve_model
+from hasten.models.config import DecoderConfig
+from hasten.pipeline.config import OptimizeConfig
+from hasten.pipeline.doctor import GIB, Check, check_machine
+from hasten.pipeline.plan import PlannedCandidate, make_plan
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def diagnose(model: str | None, folder: Path) -> tuple[Check, ...]:
+    """Looks at the machine and, if one is given, at a model.
+
+    Args:
+        model: a model folder or hub id. folder: where results would be written.
+
+    Raises:
+        ModelError: the model cannot be found or its files are not whole.
+    """
+    found = None if model is None else inspect(resolve_model(model))
+    hardware = probe()
+    checks = check_machine(hardware, folder)
+    return checks if found is None else (*checks, *check_model(found, hardware))
+
+
+def check_model(model: ModelRef, hardware: Hardware) -> tuple[Check, ...]:
+    """Looks at a model that `inspect` has found whole."""
+    weights = (
+        f"{model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.weight_bytes / GIB:.2f} GiB on disk"
+    )
+    checks = [Check("weights", "ok", weights), _tokenizer(model)]
+    try:
+        decoder = DecoderConfig.from_hf(model.config)
+        plan = make_plan(OptimizeConfig(model=str(model.path)), model, hardware)
+    except HastenError as error:
+        return (*checks, Check("model", "problem", str(error), "choose a model that is supported"))
+    checks.append(Check("model", "ok", f"{model.architecture}, up to {decoder.max_context_tokens:,} tokens"))
+    return (*checks, *(_fits(cost, hardware) for cost in plan.candidates))
+
+
+def _tokenizer(model: ModelRef) -> Check:
+    found = [name for name in TOKENIZER_FILES if (model.path / name).is_file()]
+    if not found:
+        cure = "copy its tokenizer.json and tokenizer_config.json into the folder"
+        return Check("tokenizer", "problem", f"{model.path} has none of {', '.join(TOKENIZER_FILES)}", cure)
+    return Check("tokenizer", "ok", found[0])
+
+
+def _fits(cost: PlannedCandidate, hardware: Hardware) -> Check:
+    need_bytes = max(cost.memory_bytes, cost.prepare_bytes)
+    available_bytes = hardware.available_memory_bytes
+    detail = f"needs about {need_bytes / GIB:.1f} GiB of memory, {available_bytes / GIB:.1f} GiB are available"
+    if need_bytes > available_bytes:
+        return Check(cost.candidate.name, "warning", detail, "leave it out with --schemes or --runtimes")
+    return Check(cost.candidate.name, "ok", detail)

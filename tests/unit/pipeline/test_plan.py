@@ -1,0 +1,101 @@
+"""The plan: which candidates, in which groups, and what is refused before anything starts."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hasten.artifact import ModelRef, TensorInfo
+from hasten.errors import MissingExtraError, ResourceError, UsageError
+from hasten.hardware import Hardware
+from hasten.pipeline import plan as planning
+from hasten.pipeline.config import OptimizeConfig
+from hasten.pipeline.plan import check_resources, default_output, make_plan
+
+HARDWARE = Hardware("a CPU", 2, (), 16 << 30, 12 << 30, "Linux", (), 20e9)
+
+
+def model_of(num_parameters: int) -> ModelRef:
+    rows = num_parameters // 1000
+    tensor = TensorInfo("lm_head.weight", "BF16", (rows, 1000), "model.safetensors", 0, rows * 2000)
+    return ModelRef(Path("m"), "m", "r", "LlamaForCausalLM", {"vocab_size": 100}, {}, {tensor.name: tensor})
+
+
+def test_the_baseline_comes_first_whatever_order_is_asked_for() -> None:
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native", "transformers")), model_of(10**7), HARDWARE)
+    assert plan.baseline == "transformers-fp32" == plan.candidates[0].candidate.name
+    assert {cost.candidate.runtime for cost in plan.candidates} == {"transformers", "native"}
+
+
+def test_the_baseline_is_there_also_when_only_others_are_asked_for() -> None:
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native",), schemes=("w8a16",)), model_of(10**7), HARDWARE)
+    assert [cost.candidate.name for cost in plan.candidates] == ["transformers-fp32", "native-w8a16"]
+
+
+def test_candidates_that_do_not_fit_together_are_grouped_each_with_the_baseline() -> None:
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native",)), model_of(10**9), HARDWARE)
+    assert len(plan.groups) > 1
+    assert all(group[0] == plan.baseline and len(group) > 1 for group in plan.groups)
+    grouped = [name for group in plan.groups for name in group[1:]]
+    assert sorted(grouped) == sorted(cost.candidate.name for cost in plan.candidates[1:])
+
+
+def test_a_short_time_budget_means_fewer_rounds_but_at_least_one() -> None:
+    asked = OptimizeConfig(model="m", runtimes=("native",))
+    budget = dataclasses.replace(asked, time_budget=1.0)
+    assert make_plan(asked, model_of(10**8), HARDWARE).num_rounds == asked.runs
+    assert make_plan(budget, model_of(10**8), HARDWARE).num_rounds == 1
+
+
+def test_too_little_memory_is_refused_with_both_figures() -> None:
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native",)), model_of(4 * 10**9), HARDWARE)
+    with pytest.raises(ResourceError, match=r"transformers-fp32 needs about 15\.\d GiB of memory and 12\.0 GiB"):
+        check_resources(plan, HARDWARE, 1 << 50)
+
+
+def test_too_little_disk_is_refused_with_both_figures() -> None:
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native",)), model_of(10**8), HARDWARE)
+    with pytest.raises(ResourceError, match=r"need 0\.8 GiB of disk and 0\.1 GiB are free"):
+        check_resources(plan, HARDWARE, 100 << 20)
+
+
+def test_an_absent_runtime_is_left_out_by_default_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "is_installed", lambda module: False)
+    plan = make_plan(OptimizeConfig(model="m"), model_of(10**7), HARDWARE)
+    assert plan.left_out == {"onnxruntime": "not installed: pip install 'hasten[onnxruntime]'"}
+    monkeypatch.setattr("hasten.extras.is_installed", lambda module: False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'hasten\[onnxruntime\]'"):
+        make_plan(OptimizeConfig(model="m", runtimes=("onnxruntime",)), model_of(10**7), HARDWARE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtimes": ("natve",)}, r"unknown runtime 'natve': did you mean native\?"),
+        ({"runtimes": ("transformers",), "schemes": ("fp32",)}, "nothing to compare"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(OptimizeConfig(model="m", **options), model_of(10**7), HARDWARE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schemes": ("w8a8",)}, r"scheme 'w8a8' is unknown: did you mean w8a16\?"),
+        ({"schemes": ("fp16",)}, "is not for a CPU"),
+        ({"concurrency": ()}, "--concurrency needs"),
+        ({"concurrency": (0, 1)}, "--concurrency must be at least 1, got 0"),
+        ({"new_tokens": 1}, "--new-tokens must be at least 2, got 1"),
+        ({"max_kl": float("nan")}, "--max-kl must be at least 0, got nan"),
+        ({"time_budget": -1.0}, "--time-budget must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        OptimizeConfig(model="m", **options)  # type: ignore[arg-type]
+
+
+def test_the_run_folder_is_named_after_the_model() -> None:
+    assert default_output("some/where/tiny-llama/") == Path("runs/tiny-llama")
