@@ -1,0 +1,210 @@
+"""What the verbs print: tables on stdout, notes and progress on stderr.
+
+rich is imported inside the functions, so that `hasten --help` stays quick.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hasten.bench.pick import Decision
+    from hasten.bench.result import BenchResult
+    from hasten.pipeline.plan import Plan
+    from hasten.pipeline.progress import OnProgress, Progress
+    from hasten.report.columns import Cell
+
+LINE_EVERY_S = 5.0
+
+
+def note(message: str) -> None:
+    """One message to the user, on stderr."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def result(text: str) -> None:
+    """A result, on stdout."""
+    print(text, flush=True)  # noqa: T201
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8 s, 3 min 20 s, 1 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@contextmanager
+def progress_bar() -> Iterator["OnProgress"]:
+    """A bar with the time left on a terminal, one line a stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LinePerStage()
+        return
+    columns = TextColumn("{task.fields[stage]:8}"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
+    with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0, stage="")
+
+        def show(progress: "Progress") -> None:
+            left = f"{duration(progress.left_s)} left"
+            bar.update(
+                task, completed=progress.done_share, stage=progress.stage, description=f"{left}, {progress.detail}"
+            )
+
+        yield show
+
+
+class _LinePerStage:
+    """Progress for a log file: a line when the stage changes, and one every few seconds."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._printed_s = 0.0
+
+    def __call__(self, progress: "Progress") -> None:
+        now_s = time.monotonic()
+        if progress.stage != self._stage or now_s - self._printed_s > LINE_EVERY_S:
+            self._stage, self._printed_s = progress.stage, now_s
+            note(f"{progress.stage:8} {progress.done_share:4.0%}, {duration(progress.left_s)} left: {progress.detail}")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout; the first column is left-aligned, the others right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_plan(plan: "Plan", run_path: Path, as_json: bool) -> None:
+    """The plan of a dry run, with its cost."""
+    if as_json:
+        import dataclasses
+
+        result(json.dumps(dataclasses.asdict(plan), indent=1))
+        return
+    rows = [
+        (
+            cost.candidate.name + (" (baseline)" if cost.candidate.name == plan.baseline else ""),
+            f"{cost.memory_bytes / 1e9:.2f}",
+            f"{cost.prepare_bytes / 1e9:.2f}" if cost.prepare_bytes else "-",
+            f"{cost.disk_bytes / 1e9:.2f}",
+            duration(cost.prepare_s + cost.round_s * plan.num_rounds),
+        )
+        for cost in plan.candidates
+    ]
+    print_table(("candidate", "memory GB", "to convert GB", "disk GB", "time"), rows)
+    for name, reason in plan.left_out.items():
+        result(f"left out: {name} ({reason})")
+    result(
+        f"{plan.num_rounds} measured runs each, about {duration(plan.time_s)} in all; at most "
+        f"{plan.memory_bytes / 1e9:.1f} GB of memory and {plan.disk_bytes / 1e9:.2f} GB of disk in {run_path}"
+    )
+
+
+def print_comparison(
+    results: Sequence["BenchResult"],
+    decision: "Decision | None" = None,
+    labels: Sequence[str] | None = None,
+    *,
+    as_json: bool = False,
+) -> None:
+    """The results side by side, with the verdicts if there is a decision."""
+    from hasten.report.columns import measured_concurrency, table_columns
+    from hasten.report.compare import comparison_rows
+
+    rows = comparison_rows(results, decision, labels)
+    levels = measured_concurrency(rows) or (1,)
+    columns = table_columns(rows, judged_concurrency=levels[0])
+    if as_json:
+        values = [
+            {
+                "candidate": row.label,
+                "role": row.role,
+                "reason": row.verdict.reason if row.verdict is not None else None,
+                **{column.key: column.cell(row).value for column in columns},
+            }
+            for row in rows
+        ]
+        result(json.dumps({"pick": decision.pick if decision is not None else None, "candidates": values}, indent=1))
+        return
+    shown = [column for column in columns if column.key in _shown_keys(levels)]
+    headers = ["candidate", *(SHORT_HEADINGS.get(column.key, column.heading) for column in shown)]
+    table = []
+    for row in rows:
+        cells = [column.cell(row) for column in shown]
+        table.append([f"{row.label}{MARKS[row.role]}", *(_cell_text(cell) for cell in cells)])
+    print_table(headers, table)
+    for row in rows:
+        if row.verdict is not None:
+            result(f"{row.label}: {row.verdict.reason}")
+        elif row.result.failure is not None:
+            result(f"{row.label}: failed: {row.result.failure}")
+
+
+MARKS = {"baseline": " (baseline)", "recommended": " *", "candidate": "", "failed": " (failed)"}
+SHORT_HEADINGS = {
+    "speedup": "speed-up",
+    "ttft_p50": "TTFT ms",
+    "tpot_p50": "TPOT ms",
+    "perplexity_change": "perplexity",
+    "kl": "KL nats",
+    "peak_memory": "memory MiB",
+    "disk": "disk MiB",
+    "mbu": "MBU %",
+}
+
+
+def _shown_keys(levels: Sequence[int]) -> set[str]:
+    return {*SHORT_HEADINGS, f"tokens_per_s_{levels[0]}", f"tokens_per_s_{levels[-1]}"}
+
+
+def _cell_text(cell: "Cell") -> str:
+    if not cell.is_measured:
+        return "-"
+    return f"{cell.text} tie" if cell.detail == "tie" else cell.text
+
+
+def print_speeds(measured: "BenchResult") -> None:
+    """One result: a row for each concurrency."""
+    from hasten.report.columns import load_columns
+    from hasten.report.compare import comparison_rows
+
+    [row] = comparison_rows([measured])
+    keys = (
+        "tokens_per_s",
+        "requests_per_s",
+        "efficiency",
+        "ttft_s_p50",
+        "ttft_s_p95",
+        "itl_s_p50",
+        "e2e_latency_s_p50",
+    )
+    table, headers = [], ["concurrency"]
+    for speed in row.speeds:
+        columns = [column for column in load_columns(speed.concurrency) if column.key in keys]
+        headers = ["concurrency", *(column.heading for column in columns)]
+        table.append([str(speed.concurrency), *(_cell_text(column.cell(row)) for column in columns)])
+    print_table(headers, table, title=row.label)
+    if measured.memory is not None:
+        result(f"peak memory {measured.memory.peak_rss_bytes / 2**20:.0f} MiB")
+    if measured.failure is not None:
+        result(f"failed: {measured.failure}")

@@ -1,0 +1,48 @@
+"""`eval`: the quality of one runtime and precision against the transformers baseline."""
+
+import tempfile
+from pathlib import Path
+
+from hasten.artifact import inspect
+from hasten.bench.result import BenchConfig, Candidate, Quality
+from hasten.evaluate.quality import evaluate, evaluate_baseline
+from hasten.hardware import count_cpus
+from hasten.hub import resolve_model
+from hasten.models.config import DecoderConfig
+from hasten.pipeline.config import EvalConfig
+from hasten.pipeline.measuring import launch, make_yardstick
+from hasten.pipeline.plan import BASELINE_RUNTIME
+from hasten.pipeline.progress import OnProgress, Schedule, silent
+from hasten.pipeline.target import Target, prepared
+
+STAGE_S = 20.0
+ONE_REQUEST = {"prompt_tokens": 1, "new_tokens": 1, "concurrency": (1,), "num_runs": 0, "num_warmup": 0, "seed": 0}
+
+
+def evaluate_model(config: EvalConfig, on_progress: OnProgress = silent) -> tuple[Quality, Quality]:
+    """The baseline's quality and the candidate's, on the same held-out text.
+
+    Raises:
+        ModelError: the model cannot be used. UsageError: a runtime or scheme that does not exist.
+    """
+    model = inspect(resolve_model(config.model))
+    max_context_tokens = DecoderConfig.from_hf(model.config).max_context_tokens
+    bench = BenchConfig(**ONE_REQUEST, num_threads=config.threads or count_cpus())  # type: ignore[arg-type]
+    material = make_yardstick(model, bench, max_context_tokens).material
+    baseline = Candidate(BASELINE_RUNTIME, config.baseline)
+    candidate = Candidate(config.runtime, config.scheme)
+    schedule = Schedule(on_progress)
+    for name in (baseline.name, candidate.name):
+        schedule.expect(name, STAGE_S)
+    with tempfile.TemporaryDirectory(prefix="hasten-eval-") as folder:
+        scratch = Path(folder)
+        schedule.show("quality", baseline.name)
+        with launch(baseline, model.path, bench, max_context_tokens) as process:
+            baseline_quality, reference = evaluate_baseline(process, material, scratch / "baseline")
+        schedule.expect(baseline.name, 0.0)
+        schedule.show("quality", candidate.name)
+        source = Target(candidate, model.path, model.path, is_converted=False)
+        artifact = prepared(source, scratch / "candidate")
+        with launch(candidate, artifact, bench, max_context_tokens) as process:
+            quality = evaluate(process, material, reference)
+    return baseline_quality, quality

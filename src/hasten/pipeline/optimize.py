@@ -1,0 +1,339 @@
+"""The main job: plan, prepare, quality, speed, profile, gate, pick, report.
+
+Each stage writes what it found before the next begins, so an interrupted run goes on from
+there. A candidate that fails is recorded with its reason and does not stop the others; only
+the baseline must work, because everything is judged against it.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.artifact import ModelRef, inspect
+from hasten.bench.offline import Progress as Measuring
+from hasten.bench.offline import measure
+from hasten.bench.pick import Decision, decide
+from hasten.bench.result import BenchConfig, BenchResult, Footprint, Memory
+from hasten.bench.workload import PlannedRun
+from hasten.errors import HastenError, RuntimeFailedError
+from hasten.evaluate.quality import Reference, evaluate, evaluate_baseline
+from hasten.hardware import Hardware, free_disk_bytes, probe
+from hasten.hub import resolve_model
+from hasten.models.config import DecoderConfig
+from hasten.pipeline.config import OptimizeConfig
+from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
+from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
+from hasten.pipeline.plan import BASELINE_RUNTIME, Plan, PlannedCandidate, check_resources, default_output, make_plan
+from hasten.pipeline.progress import OnProgress, Schedule, silent
+from hasten.pipeline.run_folder import RunFolder, open_run_folder, read_winner
+from hasten.profiling.decode import profile_decode
+from hasten.report.savings import Prices
+from hasten.report.write import write_report
+from hasten.runtimes.process import RuntimeProcess
+from hasten.runtimes.registry import runtime_class
+
+# expected seconds of the steps whose length hardly depends on the model
+LOAD_S, QUALITY_S, PROFILE_S, REPORT_S = 5.0, 8.0, 3.0, 8.0
+
+
+@dataclass(frozen=True)
+class PreparedPlan:
+    """A plan with what it was made from; nothing has been written yet."""
+
+    config: OptimizeConfig
+    model: ModelRef
+    max_context_tokens: int
+    hardware: Hardware
+    bench: BenchConfig
+    plan: Plan
+    run_path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `optimize` found.
+
+    Args:
+        results: in the order of the plan, the baseline first.
+    """
+
+    run_path: Path
+    results: tuple[BenchResult, ...]
+    decision: Decision
+
+
+def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
+    """Looks at the model and the machine and plans the run.
+
+    Raises:
+        ModelError: the model cannot be used.
+        RequestError: prompt and output are longer than the model's context.
+        UsageError: options that leave nothing to do. ResourceError: it does not fit this machine.
+    """
+    model = inspect(resolve_model(config.model))
+    max_context_tokens = DecoderConfig.from_hf(dict(model.config)).max_context_tokens
+    check_length(config, max_context_tokens)
+    hardware = probe()
+    run_path = config.output or default_output(model.name)
+    plan = make_plan(config, model, hardware)
+    check_resources(plan, hardware, free_disk_bytes(run_path))
+    bench = bench_config(config, plan.num_rounds)
+    return PreparedPlan(config, model, max_context_tokens, hardware, bench, plan, run_path)
+
+
+def optimize(config: OptimizeConfig, on_progress: OnProgress = silent) -> Outcome:
+    """The whole chain: plans, measures, judges, reports; goes on where an interrupted run was.
+
+    Raises:
+        HastenError: what `prepare_plan` and `carry_out` raise.
+    """
+    return carry_out(prepare_plan(config), on_progress)
+
+
+def carry_out(prepared: PreparedPlan, on_progress: OnProgress = silent) -> Outcome:
+    """Carries out a plan, or what an interrupted run left of it, and writes the run folder.
+
+    Raises:
+        UsageError: the run folder holds something else.
+        RuntimeFailedError: the baseline cannot be measured, so nothing can be compared.
+    """
+    optimization = _Optimization(prepared, on_progress)
+    optimization.prepare()
+    for index, group in enumerate(prepared.plan.groups):
+        optimization.measure_group(index, group)
+    return optimization.conclude()
+
+
+class _Optimization:
+    """One run of `optimize`: the candidates' results so far, on disk and here."""
+
+    def __init__(self, prepared: PreparedPlan, on_progress: OnProgress) -> None:
+        self._prepared = prepared
+        self._plan = prepared.plan
+        self._planned = {cost.candidate.name: cost for cost in self._plan.candidates}
+        self._yardstick = make_yardstick(prepared.model, prepared.bench, prepared.max_context_tokens)
+        self._run = _open(prepared)
+        self._results = {name: self._known_result(cost) for name, cost in self._planned.items()}
+        self._artifacts: dict[str, Path] = {}
+        self._reference: Reference | None = None
+        self._schedule = Schedule(on_progress)
+        self._expect_steps()
+
+    def prepare(self) -> None:
+        """Converts the model for each runtime that wants it in a form of its own."""
+        for name in self._planned:
+            if self._has_work(name, self._group_of(name)) or name == self._plan.baseline:
+                self._attempt(name, self._prepare)
+
+    def measure_group(self, index: int, names: Sequence[str]) -> None:
+        """Quality, speed and profile of candidates that are loaded at the same time."""
+        with ExitStack() as stack:
+            processes: dict[str, RuntimeProcess] = {}
+            if any(self._has_work(name, index) for name in names[1:]):
+                for name in names:
+                    if name in self._artifacts:
+                        self._attempt(name, self._load, processes, stack)
+            for name, process in tuple(processes.items()):
+                if not self._attempt(name, self._judge_quality, process):
+                    del processes[name]
+            self._measure_speed(index, processes)
+            for name, process in processes.items():
+                if self._results[name].failure is None:
+                    self._attempt(name, self._profile, process)
+
+    def conclude(self) -> Outcome:
+        """Judges, picks, reports, and keeps the winner."""
+        with self._schedule.step("report", "tables and pictures"):
+            results = tuple(self._results.values())
+            decision = decide(results, self._plan.baseline, self._prepared.config.gate)
+            config = self._prepared.config
+            prices = Prices(config.price_per_hour, load_tokens_per_s=config.load)
+            write_report(results, decision, self._run.path, prices)
+            self._keep_winner(decision)
+        return Outcome(self._run.path, results, decision)
+
+    def _known_result(self, cost: PlannedCandidate) -> BenchResult:
+        known = self._run.read_result(cost.candidate.name)
+        if known is not None and known.failure is None:
+            return dataclasses.replace(known, config=self._prepared.bench)
+        prepared = self._prepared
+        arguments = bench_arguments(prepared.config.model, cost.candidate, prepared.bench)
+        return blank_result(cost.candidate, prepared.model, prepared.hardware, prepared.bench, arguments)
+
+    def _expect_steps(self) -> None:
+        for name, cost in self._planned.items():
+            result = self._results[name]
+            self._schedule.expect(f"prepare {name}", cost.prepare_s if result.footprint is None else 0.0)
+            if self._has_work(name, self._group_of(name)):
+                self._schedule.expect(f"load {name}", LOAD_S)
+                self._schedule.expect(f"quality {name}", QUALITY_S if result.quality is None else 0.0)
+                self._schedule.expect(f"profile {name}", PROFILE_S)
+        for index in range(len(self._plan.groups)):
+            self._schedule.expect(f"speed {index}", self._expected_speed_s(index))
+        self._schedule.expect("report", REPORT_S)
+
+    def _expected_speed_s(self, index: int) -> float:
+        total_s = 0.0
+        for name in self._plan.groups[index]:
+            made = {(run.concurrency, run.round_index) for run in self._results[name].runs}
+            run_s = dict(zip(self._prepared.bench.concurrency, self._planned[name].run_s, strict=True))
+            missing = [run for run in self._runs_of_group(index) if (run.concurrency, run.round_index) not in made]
+            total_s += sum(run_s[run.concurrency] for run in missing)
+        return total_s
+
+    def _group_of(self, name: str) -> int:
+        return next(index for index, group in enumerate(self._plan.groups) if name in group)
+
+    def _has_work(self, name: str, group_index: int) -> bool:
+        """Whether anything of this candidate is still to be measured in a group."""
+        result = self._results[name]
+        made = {(run.concurrency, run.round_index) for run in result.runs}
+        wanted = {(run.concurrency, run.round_index) for run in self._runs_of_group(group_index) if not run.is_warmup}
+        has_profile = result.profile is not None or "profile" in result.missing
+        return not (wanted <= made and result.quality is not None and has_profile)
+
+    def _runs_of_group(self, index: int) -> tuple[PlannedRun, ...]:
+        """The planned runs, with rounds counted on from group to group: the baseline is in each."""
+        offset = index * self._prepared.bench.num_runs
+        return tuple(
+            run if run.is_warmup else dataclasses.replace(run, round_index=run.round_index + offset)
+            for run in self._yardstick.runs
+        )
+
+    def _attempt(self, name: str, stage: Callable[..., object], *arguments: object) -> bool:
+        """Runs a stage of one candidate; a failure ends that candidate, and all if it is the baseline."""
+        try:
+            stage(name, *arguments)
+        except HastenError as error:
+            self._update(name, failure=str(error))
+            for kind in ("prepare", "load", "quality", "profile"):
+                self._schedule.expect(f"{kind} {name}", 0.0)
+            if name == self._plan.baseline:
+                raise RuntimeFailedError(f"the baseline {name} failed, so nothing can be compared: {error}") from error
+            return False
+        return True
+
+    def _update(self, name: str, **changes: Any) -> None:
+        self._results[name] = dataclasses.replace(self._results[name], **changes)
+        self._run.write_result(self._results[name])
+
+    def _prepare(self, name: str) -> None:
+        candidate, out = self._planned[name].candidate, self._run.candidate_path(name)
+        if candidate.runtime == BASELINE_RUNTIME:
+            self._artifacts[name] = self._prepared.model.path
+            return
+        if self._results[name].footprint is not None and out.is_dir():
+            self._artifacts[name] = out
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        start_s = time.perf_counter()
+        with self._schedule.step("prepare", f"{name}, converting the model", f"prepare {name}"):
+            self._artifacts[name] = runtime_class(candidate.runtime).prepare(
+                self._prepared.model.path, candidate.scheme, out
+            )
+        self._update(name, footprint=Footprint(folder_bytes(out), None, time.perf_counter() - start_s, load_s=0.0))
+
+    def _load(self, name: str, processes: dict[str, RuntimeProcess], stack: ExitStack) -> None:
+        prepared = self._prepared
+        artifact, log_path = self._artifacts[name], self._run.log_path(name)
+        with self._schedule.step("load", f"{name}, starting its process", f"load {name}"):
+            candidate = self._planned[name].candidate
+            process = stack.enter_context(
+                launch(candidate, artifact, prepared.bench, prepared.max_context_tokens, log_path)
+            )
+        usage, earlier = process.usage(), self._results[name].footprint
+        footprint = Footprint(
+            disk_bytes=folder_bytes(artifact),
+            weight_bytes_per_token=process.weight_bytes_per_token,
+            prepare_s=earlier.prepare_s if earlier is not None else 0.0,
+            load_s=process.load_s,
+        )
+        self._update(name, footprint=footprint, memory=Memory(usage.rss_bytes, usage.peak_rss_bytes))
+        processes[name] = process
+
+    def _judge_quality(self, name: str, process: RuntimeProcess) -> None:
+        material, known = self._yardstick.material, self._results[name].quality
+        if name == self._plan.baseline:
+            if self._reference is None and self._is_quality_missing():
+                num_tokens = known.num_tokens if known is not None else None
+                with self._schedule.step("quality", f"{name}, held-out text", f"quality {name}"):
+                    quality, self._reference = evaluate_baseline(
+                        process, material, self._run.scratch_path, num_tokens=num_tokens
+                    )
+                self._update(name, quality=quality)
+        elif known is None:
+            assert self._reference is not None, "the baseline comes first"
+            with self._schedule.step("quality", f"{name}, held-out text", f"quality {name}"):
+                self._update(name, quality=evaluate(process, material, self._reference))
+
+    def _is_quality_missing(self) -> bool:
+        return any(result.quality is None and result.failure is None for result in self._results.values())
+
+    def _measure_speed(self, index: int, processes: Mapping[str, RuntimeProcess]) -> None:
+        for process in processes.values():
+            process.reset_peak()  # scoring whole windows takes memory that serving does not
+        kind = f"speed {index}"
+
+        def show(measuring: Measuring) -> None:
+            if measuring.remaining_s is not None:
+                self._schedule.expect(kind, measuring.remaining_s)
+            self._schedule.show("speed", f"{measuring.candidate}, run {measuring.num_done} of {measuring.num_total}")
+
+        with self._schedule.step("speed", "warming up", kind):
+            for name, run in measure(
+                processes,
+                self._runs_of_group(index),
+                done={name: self._results[name].runs for name in processes},
+                time_budget_s=self._prepared.config.time_budget,
+                on_progress=show,
+            ):
+                failure = next((request.error for request in run.requests if request.error is not None), None)
+                self._update(name, runs=(*self._results[name].runs, run), failure=failure)
+        for name, process in processes.items():
+            if self._results[name].failure is None:
+                self._attempt(name, self._note_peak, process)
+
+    def _note_peak(self, name: str, process: RuntimeProcess) -> None:
+        memory = self._results[name].memory
+        assert memory is not None, "noted when it was loaded"
+        peak_bytes = max(memory.peak_rss_bytes, process.usage().peak_rss_bytes)
+        self._update(name, memory=dataclasses.replace(memory, peak_rss_bytes=peak_bytes))
+
+    def _profile(self, name: str, process: RuntimeProcess) -> None:
+        if self._results[name].profile is None:
+            bandwidth = self._prepared.hardware.read_bandwidth_bytes_per_s
+            with self._schedule.step("profile", f"{name}, operators of a decode step", f"profile {name}"):
+                profile = profile_decode(process, self._yardstick.material.prompts[0], bandwidth)
+            missing = {} if profile is not None else {"profile": "this runtime does not tell its operators' times"}
+            self._update(name, profile=profile, missing=self._results[name].missing | missing)
+
+    def _keep_winner(self, decision: Decision) -> None:
+        """Moves the winner to engine/ and removes what the other candidates were converted to."""
+        if decision.pick is not None:
+            candidate = self._planned[decision.pick].candidate
+            kept = read_winner(self._run.path)
+            if kept is None or kept.candidate != candidate or not kept.artifact.exists():
+                self._prepare(decision.pick)
+                self._run.keep_winner(candidate, self._artifacts[decision.pick], self._prepared.model.path)
+        self._run.clean()
+
+
+def _open(prepared: PreparedPlan) -> RunFolder:
+    """The run folder, new or resumed; what must be equal for samples to belong together is its identity."""
+    bench = dataclasses.asdict(prepared.bench)
+    del bench["num_runs"], bench["num_warmup"]  # more or fewer of the same kind
+    identity = {"model": prepared.model.revision, "cpu": prepared.hardware.cpu, **bench}
+    details = {
+        "gate": dataclasses.asdict(prepared.config.gate),
+        "config": dataclasses.asdict(prepared.config),
+        "plan": dataclasses.asdict(prepared.plan),
+    }
+    run = open_run_folder(prepared.run_path, identity, details)
+    run.write_reproduce(command_line())
+    return run
