@@ -133,7 +133,8 @@ def print_comparison(
 
     rows = comparison_rows(results, decision, labels)
     levels = measured_concurrency(rows) or (1,)
-    columns = table_columns(rows, judged_concurrency=levels[0])
+    is_throughput = decision is not None and decision.gate.target == "throughput"
+    columns = table_columns(rows, judged_concurrency=levels[-1 if is_throughput else 0])
     if as_json:
         values = [
             {
@@ -180,7 +181,7 @@ def _shown_keys(levels: Sequence[int]) -> set[str]:
 def _cell_text(cell: "Cell") -> str:
     if not cell.is_measured:
         return "-"
-    return f"{cell.text} tie" if cell.detail == "tie" else cell.text
+    return f"{cell.text} {cell.detail}" if cell.detail in {"tie", "few runs"} else cell.text
 
 
 def print_speeds(measured: "BenchResult") -> None:
