@@ -26,12 +26,14 @@ class Capabilities:
         in_flight: whether new requests join while others run; if not, requests that are
             handed over together run as one padded batch.
         cancels: whether `cancel` ends a running request early.
+        loads_source: whether it loads a Hugging Face folder as it is; if not, `prepare` first.
     """
 
     schemes: tuple[str, ...]
     samples: bool
     in_flight: bool
     cancels: bool
+    loads_source: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,15 @@ class Runtime(ABC):
     """One loaded model. Not safe for use from several threads.
 
     The constructor loads, and raises ModelError for a model that it cannot run.
+
+    Attributes:
+        weight_bytes_per_token: weights that one decode step at batch 1 reads, as stored; None
+            where the format does not tell.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    weight_bytes_per_token: int | None = None
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
@@ -109,11 +116,11 @@ class Runtime(ABC):
         """Runs requests under the library's profiler; () where it has none that tells."""
         return ()
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> None:  # noqa: B027
         """Ends a running request; it yields an event with finish_reason "cancelled".
 
         Only where capabilities.cancels; elsewhere it does nothing and the request runs on.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Frees what the runtime holds. The object must not be used afterwards."""

@@ -1,0 +1,57 @@
+"""Runtimes by name. The only place that knows which module has which runtime.
+
+A runtime's module imports its library at the top, so it is imported here, by string, and only
+when it is asked for.
+"""
+
+from importlib import import_module
+
+from hasten.config import nearest
+from hasten.errors import UsageError
+from hasten.runtimes.base import Runtime, RuntimeConfig
+
+RUNTIMES = {
+    "native": "hasten.runtimes.native:NativeRuntime",
+    "transformers": "hasten.runtimes.transformers:TransformersRuntime",
+    "onnxruntime": "hasten.runtimes.onnxruntime:OnnxRuntimeRuntime",
+    "llama_cpp": "hasten.runtimes.llama_cpp:LlamaCppRuntime",
+    "fake": "hasten.runtimes.fake:FakeRuntime",
+}
+
+
+# module of extras.EXTRAS that a runtime cannot do without
+EXTRA_OF_RUNTIME = {"onnxruntime": "onnxruntime_genai", "llama_cpp": "llama_cpp"}
+
+
+def runtime_extra(name: str) -> str | None:
+    """The optional module that a runtime needs, None if it needs none."""
+    return EXTRA_OF_RUNTIME.get(name)
+
+
+def runtime_class(name: str) -> type[Runtime]:
+    """Imports a runtime's class.
+
+    Raises:
+        UsageError: no runtime has this name.
+        MissingExtraError: its library is not installed.
+    """
+    if name not in RUNTIMES:
+        raise UsageError(f"unknown runtime {name!r}: {nearest(name, RUNTIMES)}")
+    module, _, attribute = RUNTIMES[name].partition(":")
+    found: type[Runtime] = getattr(import_module(module), attribute)
+    return found
+
+
+def load_runtime(name: str, config: RuntimeConfig) -> Runtime:
+    """Loads a model in this process; `process.RuntimeProcess` does the same in its own.
+
+    Raises:
+        UsageError: no such runtime, or it does not run the scheme.
+    """
+    found = runtime_class(name)
+    if config.scheme not in found.capabilities.schemes:
+        raise UsageError(
+            f"the {name} runtime does not run scheme {config.scheme!r}: "
+            f"{nearest(config.scheme, found.capabilities.schemes)}"
+        )
+    return found(config)

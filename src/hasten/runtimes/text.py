@@ -1,0 +1,188 @@
+"""Text from tokens, for every runtime: incremental detokenization and stop strings.
+
+What is streamed never holds half a character and never a part of a stop string: both are held
+back until the next token decides. The pieces of a continuation, joined, are its Completion's
+text.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hasten.errors import RequestError, TokenizerError
+from hasten.request import Completion, FinishReason, Request, TokenEvent
+from hasten.runtimes.base import Runtime
+from hasten.runtimes.process import RuntimeProcess
+
+MAX_WINDOW_TOKENS = 16
+KEPT_WINDOW_TOKENS = 4
+REPLACEMENT = "\ufffd"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+OnText = Callable[[str, int, str], object]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, as transformers has it.
+
+    Raises:
+        TokenizerError: the folder has none, or it cannot be read.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise TokenizerError(f"{path} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} must be there")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise bare Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}") from error
+
+
+def complete(
+    runtime: Runtime | RuntimeProcess, requests: Sequence[Request], tokenizer: Any, on_text: OnText | None = None
+) -> list[Completion]:
+    """Runs requests and returns their continuations with text, in the order of the requests.
+
+    A request whose continuations have all met a stop string is cancelled; where the runtime
+    cannot cancel, what it goes on to generate is dropped.
+
+    Args:
+        on_text: gets request id, index of the continuation and a piece of text, as it is known.
+
+    Raises:
+        RequestError: two requests with the same id.
+    """
+    writers = {
+        (request.request_id, index): _Writer(request, index, tokenizer)
+        for request in requests
+        for index in range(request.sampling.n)
+    }
+    if len(writers) != sum(request.sampling.n for request in requests):
+        raise RequestError("two requests have the same id; give each its own")
+
+    def handle(event: TokenEvent) -> None:
+        writer = writers[event.request_id, event.index]
+        if writer.finish_reason is not None:
+            return
+        piece = writer.add(event)
+        if piece and on_text is not None:
+            on_text(event.request_id, event.index, piece)
+        if event.finish_reason is None and writer.finish_reason is not None:
+            siblings = (writers[event.request_id, index] for index in range(writer.request.sampling.n))
+            if all(each.finish_reason is not None for each in siblings):
+                runtime.cancel(event.request_id)
+
+    if isinstance(runtime, RuntimeProcess):
+        runtime.generate(requests, on_event=handle)
+    else:
+        for event in runtime.generate(requests):
+            handle(event)
+    return [writer.completion() for writer in writers.values()]
+
+
+class Detokenizer:
+    """Turns a growing list of tokens into text, piece by piece."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._num_emitted = 0  # characters of the window's text
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
+        self._window.append(token_id)
+        text = self._decode()
+        # bytes at the end that are no character yet decode as replacement characters
+        piece = text.rstrip(REPLACEMENT)[self._num_emitted :]
+        self._num_emitted += len(piece)
+        if len(self._window) >= MAX_WINDOW_TOKENS and self._num_emitted == len(text):
+            del self._window[:-KEPT_WINDOW_TOKENS]
+            self._num_emitted = len(self._decode())
+        return piece
+
+    def flush(self) -> str:
+        """What was held back: bytes that never became a character."""
+        piece = self._decode()[self._num_emitted :]
+        self._num_emitted += len(piece)
+        return piece
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class StopMatcher:
+    """Cuts text before the stop string that is complete first, however the text is split into pieces."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, piece: str) -> str:
+        """The text that cannot be part of a stop string; nothing after one was found."""
+        if self.is_stopped:
+            return ""
+        text = self._held + piece
+        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def flush(self) -> str:
+        """What was held back and turned out not to be a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class _Writer:
+    """One continuation's text while it grows."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Any) -> None:
+        self.request = request
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(request.sampling.stop)
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._pieces: list[str] = []
+        self._error: str | None = None
+
+    def add(self, event: TokenEvent) -> str:
+        """Takes an event and returns the text that it settles."""
+        piece = ""
+        if event.token_id is not None:
+            self._token_ids.append(event.token_id)
+            if event.logprob is not None:
+                self._logprobs.append(event.logprob)
+            if event.finish_reason != "stop":  # an end-of-sequence or stop token is no text
+                piece = self._matcher.add(self._detokenizer.add(event.token_id))
+        if event.finish_reason is not None and not self._matcher.is_stopped:
+            piece += self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
+        self.finish_reason = "stop" if self._matcher.is_stopped else event.finish_reason
+        self._error = event.error
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """The finished continuation; a runtime that never ended it has failed."""
+        return Completion(
+            request_id=self.request.request_id,
+            index=self.index,
+            token_ids=tuple(self._token_ids),
+            text="".join(self._pieces),
+            finish_reason=self.finish_reason or "error",
+            logprobs=tuple(self._logprobs),
+            error=self._error if self.finish_reason else "the runtime ended without ending this request",
+        )

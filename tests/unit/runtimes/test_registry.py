@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from hasten.errors import MissingExtraError, UsageError
+from hasten.runtimes.base import Runtime, RuntimeConfig
+from hasten.runtimes.registry import RUNTIMES, load_runtime, runtime_class
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIMES))
+def test_every_row_names_a_runtime_of_that_name(name: str) -> None:
+    try:
+        found = runtime_class(name)
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    assert issubclass(found, Runtime)
+    assert found.name == name
+    assert "fp32" in found.capabilities.schemes
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean onnxruntime"):
+        runtime_class("onxruntime")
+
+
+def test_a_scheme_that_the_runtime_does_not_run_is_refused_before_loading() -> None:
+    with pytest.raises(UsageError, match="transformers runtime does not run scheme 'w8a16'"):
+        load_runtime("transformers", RuntimeConfig(Path("unused"), "w8a16"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("onnxruntime", "onnxruntime_genai"), ("llama_cpp", "llama_cpp")])
+def test_a_missing_library_is_a_missing_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.extras.is_installed", lambda asked: asked != module)
+    monkeypatch.delitem(__import__("sys").modules, f"hasten.runtimes.{name}", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'hasten\["):
+        runtime_class(name)
