@@ -19,7 +19,7 @@ help: ## list these targets
 setup: $(VENV)/installed ## install hasten and its tools into .venv
 
 demo: setup ## optimize the model that ships; the report is runs/demo/report.html
-	$(BIN)/hasten optimize $(MODEL) -o runs/demo
+	$(BIN)/hasten optimize $(MODEL) --new-tokens 32 -o runs/demo
 
 test: lint types ## lint, types and all tests
 	$(BIN)/python -m pytest

@@ -29,7 +29,7 @@ EXTRAS = {
         Extra("onnxruntime", "onnxruntime_genai", "onnxruntime-genai", "0.18", "the onnxruntime runtime"),
         Extra("onnxruntime", "onnx", "onnx", "1.19", "the onnxruntime runtime"),
         Extra("llama-cpp", "llama_cpp", "llama-cpp-python", "0.3.36", "the llama_cpp runtime"),
-        Extra("llama-cpp", "gguf", "gguf", "0.19", "the GGUF export"),
+        Extra("llama-cpp", "gguf", "gguf", "0.19", "the llama_cpp runtime"),
     )
 }
 

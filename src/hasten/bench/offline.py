@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # idle candidates that use more of a core than this disturb the measured one
 MAX_IDLE_CORES = 0.1
 
+# thread pools spin for some milliseconds after their last work; the next candidate's turn waits for that
+SETTLE_S = 0.02
+
 Turn = tuple[str, PlannedRun]
 
 

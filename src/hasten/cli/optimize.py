@@ -19,7 +19,11 @@ def register(app: typer.Typer) -> None:
         """Measure every runtime and precision, check quality, pick the fastest that passes, and report."""
         from hasten.pipeline.optimize import carry_out, prepare_plan
 
+        terminal.note("looking at the machine and the model, a few seconds")
         prepared = prepare_plan(config)
+        for check in prepared.checks:
+            if check.status == "warning":
+                terminal.note(f"warning: {check.name}: {check.detail}; {check.cure}")
         if config.dry_run:
             terminal.print_plan(prepared.plan, prepared.run_path, as_json=json)
             return

@@ -194,10 +194,10 @@ def print_speeds(measured: "BenchResult") -> None:
         "tokens_per_s",
         "requests_per_s",
         "efficiency",
-        "ttft_s_p50",
-        "ttft_s_p95",
-        "itl_s_p50",
-        "e2e_latency_s_p50",
+        "ttft_p50",
+        "ttft_p95",
+        "itl_p50",
+        "latency_p50",
     )
     table, headers = [], ["concurrency"]
     for speed in row.speeds:

@@ -54,22 +54,21 @@ def check_machine(hardware: Hardware, folder: Path) -> tuple[Check, ...]:
     Args:
         folder: where results would be written.
     """
-    noise = _noise(hardware)  # before the checks below make noise of their own
+    conditions = check_conditions(hardware, folder)  # before the checks below make noise of their own
     with ThreadPoolExecutor() as pool:
         torch = pool.submit(_torch, hardware)
         transformers = pool.submit(_library, "transformers")
         extras = [pool.submit(_extra, extra) for extra in EXTRAS.values()]
-        return (
-            _python(),
-            torch.result(),
-            transformers.result(),
-            *(each.result() for each in extras),
-            _cpu(hardware),
-            _memory(hardware),
-            _disk(folder),
-            _threads(hardware),
-            noise,
-        )
+        return (_python(), torch.result(), transformers.result(), *(each.result() for each in extras), *conditions)
+
+
+def check_conditions(hardware: Hardware, folder: Path) -> tuple[Check, ...]:
+    """Looks at what measuring depends on: processor, memory, disk, thread settings, other programs; half a second.
+
+    Args:
+        folder: where results would be written.
+    """
+    return (_cpu(hardware), _memory(hardware), _disk(folder), _threads(hardware), _noise(hardware))
 
 
 def _python() -> Check:

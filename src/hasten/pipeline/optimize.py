@@ -27,6 +27,7 @@ from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
 from hasten.pipeline.config import OptimizeConfig
 from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
+from hasten.pipeline.doctor import Check, check_conditions
 from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
 from hasten.pipeline.plan import BASELINE_RUNTIME, Plan, PlannedCandidate, check_resources, default_output, make_plan
 from hasten.pipeline.progress import OnProgress, Schedule, silent
@@ -43,9 +44,14 @@ LOAD_S, QUALITY_S, PROFILE_S, REPORT_S = 5.0, 8.0, 3.0, 8.0
 
 @dataclass(frozen=True)
 class PreparedPlan:
-    """A plan with what it was made from; nothing has been written yet."""
+    """A plan with what it was made from; nothing has been written yet.
+
+    Args:
+        checks: what `doctor` says about the conditions for measuring.
+    """
 
     config: OptimizeConfig
+    checks: tuple[Check, ...]
     model: ModelRef
     max_context_tokens: int
     hardware: Hardware
@@ -83,7 +89,8 @@ def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
     plan = make_plan(config, model, hardware)
     check_resources(plan, hardware, free_disk_bytes(run_path))
     bench = bench_config(config, plan.num_rounds)
-    return PreparedPlan(config, model, max_context_tokens, hardware, bench, plan, run_path)
+    checks = check_conditions(hardware, run_path)
+    return PreparedPlan(config, checks, model, max_context_tokens, hardware, bench, plan, run_path)
 
 
 def optimize(config: OptimizeConfig, on_progress: OnProgress = silent) -> Outcome:

@@ -22,6 +22,7 @@ from hasten.report.view import ReportView
 MAX_LABEL_CHARS = 26
 INK, SOFT, FAINT, LEADER = "#16181D", "#565C66", "#E1E3E6", "#B9BDC4"
 LINE_IN = 0.19  # from one name to the next, where names stand below each other
+SUMMARY_CHARACTER_IN = 0.1  # width of a character of the summary's labels
 MARKER_PX = 11  # half the width of a scatter marker
 
 
@@ -119,7 +120,7 @@ def summary_panel(axes: Axes, rows: Sequence[Row], entries: Sequence[Entry], tit
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_ylim(len(rows) - 0.35, -0.65)
     highest = max((each.high or each.value for each in entries if each.value is not None), default=1.0) or 1.0
-    axes.set_xlim(0, highest * 1.75)
+    axes.set_xlim(0, _limit_with_labels(axes, entries, highest))
     for index, (row, each) in enumerate(zip(rows, entries, strict=True)):
         if each.value is None:
             axes.text(0, index, shortened(each.text, 38), va="center", fontsize=8.5, style="italic", color=SOFT)
@@ -136,6 +137,19 @@ def summary_panel(axes: Axes, rows: Sequence[Row], entries: Sequence[Entry], tit
             fontsize=11,
             fontweight="bold" if index else "normal",
         )
+
+
+def _limit_with_labels(axes: Axes, entries: Sequence[Entry], highest: float) -> float:
+    """The value at the right edge, such that every bar has room for its label behind it."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    width_in = axes.get_position().width * figure.get_figwidth()
+    limits = [highest * 1.75]
+    for each in entries:
+        if each.value is not None:
+            label_share = (len(each.text) * SUMMARY_CHARACTER_IN + 0.15) / width_in
+            limits.append((each.high or each.value) / max(1 - label_share, 0.2))
+    return max(limits)
 
 
 def throughput_point(speed: SpeedSummary) -> tuple[float, float, float] | None:

@@ -54,8 +54,8 @@ class RuntimeConfig:
         scheme: a name in config.SCHEMES.
         max_num_seqs: most requests that run at the same time.
         max_model_tokens: most tokens, prompt and output together, of one request.
-        num_threads: CPU threads for operators; None leaves one for each physical core.
-        device: "cpu" or "cuda".
+        num_threads: CPU threads for operators; None leaves the library its default.
+        device: as torch names it.
     """
 
     model: Path

@@ -33,7 +33,12 @@ def load_tokenizer(path: Path) -> Any:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(f"{path} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} must be there")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            verbose=False,  # held-out texts are longer than the context, and are cut into windows
+        )
     except Exception as error:  # the Rust tokenizers raise bare Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}") from error

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
@@ -21,8 +22,11 @@ def cases() -> dict[str, list[BenchResult]]:
     nine = synthetic_results.nine_results()
     names = [("transformers-with-a-long-name", each.candidate.scheme) for each in nine[:3]]
     longer = [synthetic_results.renamed(each, Candidate(*name)) for each, name in zip(nine[:3], names, strict=False)]
+    assert nine[0].footprint is not None and nine[4].footprint is not None
+    larger = replace(nine[4].footprint, disk_bytes=int(nine[0].footprint.disk_bytes * 2.01))
     return {
         "two": [nine[0], nine[4]],
+        "the winner is larger": [nine[0], replace(nine[4], footprint=larger)],
         "nine": nine,
         "ten, long names": [*longer[:2], *nine[2:], synthetic_results.result("llama_cpp", "w8a16")],
         "partial": synthetic_results.partial_results(),
