@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command; prints errors as one sentence on stderr and returns the exit code."""
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False)  # returns the code of typer.Exit
     except HastenError as error:
         terminal.note(f"hasten: {error}")
         return error.exit_code
@@ -42,10 +42,8 @@ def run(arguments: list[str]) -> int:
         message = error.format_message().strip().rstrip(".")
         terminal.note(f"hasten: {message} (hasten --help lists what there is)")
         return error.exit_code
-    except typer.Exit as stop:
-        if stop.exit_code == INTERRUPTED:  # how typer passes on a KeyboardInterrupt
-            terminal.note(f"hasten: interrupted{RESUMES if arguments[:1] == ['optimize'] else ''}")
-        return stop.exit_code
     except BrokenPipeError:
         return 1
+    if status == INTERRUPTED:  # how typer passes on a KeyboardInterrupt
+        terminal.note(f"hasten: interrupted{RESUMES if arguments[:1] == ['optimize'] else ''}")
     return status if isinstance(status, int) else 0

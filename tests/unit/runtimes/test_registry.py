@@ -28,9 +28,9 @@ def test_a_scheme_that_the_runtime_does_not_run_is_refused_before_loading() -> N
         load_runtime("transformers", RuntimeConfig(Path("unused"), "w8a16"))
 
 
-@pytest.mark.parametrize(("name", "module"), [("onnxruntime", "onnxruntime_genai"), ("llama_cpp", "llama_cpp")])
-def test_a_missing_library_is_a_missing_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.extras.is_installed", lambda asked: asked != module)
+@pytest.mark.parametrize("name", ["onnxruntime", "llama_cpp"])
+def test_a_missing_library_is_a_missing_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.extras.is_installed", lambda module: False)
     monkeypatch.delitem(__import__("sys").modules, f"hasten.runtimes.{name}", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'hasten\["):
         runtime_class(name)
