@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 # idle candidates that use more of a core than this disturb the measured one
 MAX_IDLE_CORES = 0.1
 
-# thread pools spin for some milliseconds after their last work; the next candidate's turn waits for that
-SETTLE_S = 0.02
+# thread pools spin after their last work, for 50 ms and more: a turn begins when the others have
+# used no CPU time for this long, a little more than the steps in which it is counted
+QUIET_S = 0.015
+MAX_SETTLE_S = 0.3
 
 Turn = tuple[str, PlannedRun]
 
@@ -165,6 +167,7 @@ def _measure_run(
 ) -> BenchRun:
     """Hands the requests over together and waits for the last to end."""
     process, others = running[name], [each for other, each in running.items() if other != name]
+    _settle(others)
     idle_before_s, cpu_before_s = _cpu_s(others), process.usage().cpu_s
     with _collector_off():
         start_s = time.perf_counter()
@@ -177,6 +180,17 @@ def _measure_run(
         events_of[event.request_id].append(event)
     records = tuple(_record(request, start_s, events_of[request.request_id]) for request in plan.requests)
     return BenchRun(plan.concurrency, plan.round_index, start_s, end_s, cpu_s, records)
+
+
+def _settle(processes: Sequence[RuntimeProcess]) -> None:
+    """Waits until the processes are idle, or for MAX_SETTLE_S."""
+    deadline_s = time.perf_counter() + MAX_SETTLE_S
+    used_s = _cpu_s(processes)
+    while time.perf_counter() < deadline_s:
+        time.sleep(QUIET_S)
+        before_s, used_s = used_s, _cpu_s(processes)
+        if used_s == before_s:
+            return
 
 
 def _cpu_s(processes: Sequence[RuntimeProcess]) -> float:

@@ -21,7 +21,7 @@ from hasten.request import Request, SamplingParams
 from hasten.runtimes.process import RuntimeProcess
 
 SHORT_TOKENS = 2
-LONG_TOKENS = 34
+LONG_TOKENS = 18
 NUM_TIMED = 3
 NUM_TRACES = 2
 
