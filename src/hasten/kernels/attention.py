@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,15 @@ class WeightReader:
         return expected
 
 
+def check_weights(model: ModelRef, config: DecoderConfig) -> None:
+    """Compares a Hugging Face folder's tensors with its config, from the headers alone.
+
+    Raises:
+        WeightsError: a tensor is missing, or has another shape than the config wants; names it and both shapes.
+    """
+    WeightReader(model, config, SCHEMES["bf16"])
+
+
 def stored_scheme(tensors: Mapping[str, TensorInfo]) -> str | None:
     """The scheme of quantized weights, None for dense ones."""
     if any(name.endswith(".weight_packed") for name in tensors):

@@ -25,6 +25,7 @@ from hasten.evaluate.quality import Reference, evaluate, evaluate_baseline
 from hasten.hardware import Hardware, free_disk_bytes, probe
 from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
+from hasten.models.weights import check_weights
 from hasten.pipeline.config import OptimizeConfig
 from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
 from hasten.pipeline.doctor import Check, check_conditions
@@ -82,7 +83,9 @@ def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
         UsageError: options that leave nothing to do. ResourceError: it does not fit this machine.
     """
     model = inspect(resolve_model(config.model))
-    max_context_tokens = DecoderConfig.from_hf(dict(model.config)).max_context_tokens
+    decoder = DecoderConfig.from_hf(model.config)
+    check_weights(model, decoder)
+    max_context_tokens = decoder.max_context_tokens
     check_length(config, max_context_tokens)
     hardware = probe()
     run_path = config.output or default_output(model.name)

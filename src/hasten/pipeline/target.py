@@ -12,7 +12,7 @@ from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.errors import UsageError
 from hasten.hub import resolve_model
 from hasten.pipeline.run_folder import RunFolder, read_winner
-from hasten.runtimes.registry import runtime_class
+from hasten.runtimes.registry import runtime_for
 
 DEFAULT_RUNTIME = "native"
 DEFAULT_SCHEME = "bf16"
@@ -65,7 +65,7 @@ def _check_same(path: Path, what: str, asked: str | None, found: str) -> None:
 
 def prepared(target: Target, out: Path) -> Path:
     """The folder as the target's runtime wants it, converted into `out` if it must be."""
-    runtime = runtime_class(target.candidate.runtime)
+    runtime = runtime_for(target.candidate.runtime, target.candidate.scheme)
     if target.is_converted or runtime.capabilities.loads_source:
         return target.path
     return runtime.prepare(target.path, target.candidate.scheme, out)

@@ -42,16 +42,23 @@ def runtime_class(name: str) -> type[Runtime]:
     return found
 
 
-def load_runtime(name: str, config: RuntimeConfig) -> Runtime:
-    """Loads a model in this process; `process.RuntimeProcess` does the same in its own.
+def runtime_for(name: str, scheme: str) -> type[Runtime]:
+    """As `runtime_class`, and checks that it runs the scheme.
 
     Raises:
         UsageError: no such runtime, or it does not run the scheme.
     """
     found = runtime_class(name)
-    if config.scheme not in found.capabilities.schemes:
-        raise UsageError(
-            f"the {name} runtime does not run scheme {config.scheme!r}: "
-            f"{nearest(config.scheme, found.capabilities.schemes)}"
-        )
-    return found(config)
+    allowed = found.capabilities.schemes
+    if scheme not in allowed:
+        raise UsageError(f"the {name} runtime does not run scheme {scheme!r}: {nearest(scheme, allowed)}")
+    return found
+
+
+def load_runtime(name: str, config: RuntimeConfig) -> Runtime:
+    """Loads a model in this process; `process.RuntimeProcess` does the same in its own.
+
+    Raises:
+        UsageError: as `runtime_for`.
+    """
+    return runtime_for(name, config.scheme)(config)

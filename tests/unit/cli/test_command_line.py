@@ -5,6 +5,7 @@ Runs `cli.main.run` in this process; what needs a terminal or a signal is in tes
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_help_lists_every_verb_and_is_quick() -> None:
         (["generate", str(MODEL)], 2, "give one prompt"),
         (["generate", str(MODEL), "x", "--temperature", "-1"], 1, "temperature must be"),
         (["generate", str(MODEL), "x", "--runtime", "vlm"], 2, "unknown runtime"),
+        (["generate", str(MODEL), "x", "--runtime", "onnxruntime"], 2, "does not run scheme 'bf16'"),
+        (["generate", str(MODEL), "word " * 3000], 1, "2048"),
         (["generate", str(MODEL), "--file", "no-such-file"], 2, "cannot read the prompts"),
         (["generate", str(MODEL), "x", "--system", "y"], 2, "--system needs --chat"),
         (["eval", str(MODEL), "--scheme", "w2a16"], 2, "w"),
@@ -113,3 +116,16 @@ def test_a_chat_prompt_goes_through_the_template(capsys: pytest.CaptureFixture[s
     assert run(["generate", str(MODEL), "What does len do?", "--json", "--max-tokens", "16"]) == 0
     [plain] = json.loads(capsys.readouterr().out)
     assert chat["token_ids"] != plain["token_ids"]
+
+
+def test__config_and_weights_that_disagree_are_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 640', '"intermediate_size": 704'))
+    assert run(["optimize", str(model), "-o", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "mlp" in error and "704" in error and "640" in error
+    assert not (tmp_path / "run").exists()
