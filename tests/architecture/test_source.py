@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "src" / "hasten").rglob("*.py"))
 MAX_LINES = 500
 MANY_LINES = 400
 VAGUE_NAMES = {"utils", "helpers", "common", "types", "misc", "profile", "triton"}
-MACHINE_PATH = re.compile(r"(?<![\w.])(/home/\w+|/Users/\w+|/root/|/work/|/tmp/w/|[A-Z]:\\\\Users)")
+MACHINE_PATH = re.compile(r"(?<![\w.])(/home/\w+|/Users/\w+|/root/|[A-Z]:\\\\Users)")
 
 
 def relative(path: Path) -> str:

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
         num_prompts = len(read_prompts(config)) if str(config.file) != "-" else None
         is_streamed = num_prompts == 1 and config.n == 1 and not json
+        terminal.note(f"loading {config.model}")
         completions = run_generate(config, on_text=_print_piece if is_streamed else lambda index, piece: None)
         if json:
             import msgspec

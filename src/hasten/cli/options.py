@@ -78,9 +78,5 @@ def _from_text(hint: Any, value: Any, name: str) -> Any:
         raise UsageError(f"--{name.replace('_', '-')} takes {kind} with commas between, got {value!r}") from error
 
 
-def json_option() -> Any:
-    return typer.Option("--json", help="print the result as JSON")
-
-
-Json = Annotated[bool, json_option()]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 OutputFile = Annotated[Path | None, typer.Option("-o", "--output", help="write the result to this file")]

@@ -12,7 +12,6 @@ from hasten.config import SCHEMES, nearest, option
 from hasten.errors import UsageError
 from hasten.request import SamplingParams
 
-MIN_RUNS = 10
 DEFAULT_RUNTIMES = ("transformers", "native", "onnxruntime")
 DEFAULT_SCHEMES = ("fp32", "bf16", "w8a16", "w4a16")
 
@@ -28,7 +27,7 @@ class BenchOptions:
     concurrency: tuple[int, ...] = option((1, 2, 4, 8), "requests at the same time, comma-separated")
     prompt_tokens: int = option(128, "tokens of each prompt")
     new_tokens: int = option(64, "tokens generated for each request")
-    runs: int = option(MIN_RUNS, "measured runs at each concurrency")
+    runs: int = option(10, "measured runs at each concurrency")
     warmup: int = option(2, "runs before them that do not count")
     threads: int | None = option(None, "CPU threads; default one for each core")
     seed: int = option(0, "draws the prompts")
@@ -82,11 +81,12 @@ class OptimizeConfig(BenchOptions):
             ("--max-perplexity-increase", self.max_perplexity_increase),
             ("--max-kl", self.max_kl),
             ("--time-budget", self.time_budget),
-            ("--price-per-hour", self.price_per_hour),
-            ("--load", self.load),
         ):
             if value is not None and not value >= 0:
                 raise UsageError(f"{flag} must be at least 0, got {value}")
+        for flag, value in (("--price-per-hour", self.price_per_hour), ("--load", self.load)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{flag} must be above 0, got {value}")
 
     @property
     def gate(self) -> Gate:

@@ -89,6 +89,7 @@ def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, tuple[str, ...
         ({"concurrency": (0, 1)}, "--concurrency must be at least 1, got 0"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2, got 1"),
         ({"max_kl": float("nan")}, "--max-kl must be at least 0, got nan"),
+        ({"price_per_hour": 0.0}, "--price-per-hour must be above 0"),
         ({"time_budget": -1.0}, "--time-budget must be at least 0"),
     ],
 )
