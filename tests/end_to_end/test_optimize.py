@@ -71,6 +71,10 @@ def test_a_finished_run_is_reported_again_without_measuring(
     done = hasten("report", str(run), "--price-per-hour", "1.5", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert "1.5" in (run / "report.html").read_text()
+    files = [str(run / "results" / f"{name}.json") for name in ("transformers-fp32", "native-w8a16")]
+    from_files = hasten("report", *files, "-o", "elsewhere", cwd=run.parent)
+    assert from_files.returncode == 0, from_files.stderr
+    assert "onnxruntime" not in (run.parent / "elsewhere" / "report.html").read_text()
     compared = hasten("compare", str(run), "--json", cwd=run.parent)
     assert json.loads(compared.stdout)["candidates"][0]["candidate"] == "transformers-fp32"
     assert {path.name: path.read_bytes() for path in (run / "results").iterdir()} == before

@@ -51,7 +51,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, is_argument: bool) -> i
     default: Any = field.default
     annotation: Any = hint
     metavar = None
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and is_argument:
+        annotation = list[typing.get_args(hint)[0]]  # type: ignore[misc]
+    elif typing.get_origin(hint) is tuple:
         annotation, default = str, ",".join(str(item) for item in default)
         metavar = "A,B,..."
         if typing.get_args(hint)[0] is str and not default:

@@ -14,4 +14,5 @@ def register(app: typer.Typer) -> None:
         from hasten.pipeline.reporting import report as write
 
         files = write(config)
-        terminal.result(str(files))
+        for path in (files.html, files.markdown, *files.plots.values()):
+            terminal.result(str(path))

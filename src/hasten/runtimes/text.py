@@ -5,6 +5,7 @@ back until the next token decides. The pieces of a continuation, joined, are its
 text.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def load_tokenizer(path: Path) -> Any:
             path,
             local_files_only=True,
             trust_remote_code=False,
-            verbose=False,  # held-out texts are longer than the context, and are cut into windows
+            model_max_length=sys.maxsize,  # held-out texts are longer than the context, and are cut into windows
         )
     except Exception as error:  # the Rust tokenizers raise bare Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
