@@ -9,7 +9,6 @@ Not here: which step computes what (`scheduler`), and which block holds what (`b
 """
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 import torch
@@ -58,10 +57,6 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def output_token_ids(self) -> Tokens[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
     def cached_block(self, index: int, block_size: int) -> CachedBlock:
         """What its full block number `index` holds."""

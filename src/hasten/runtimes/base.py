@@ -33,7 +33,7 @@ class Capabilities:
     samples: bool
     in_flight: bool
     cancels: bool
-    loads_source: bool = True
+    loads_source: bool
 
 
 @dataclass(frozen=True)

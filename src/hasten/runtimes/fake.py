@@ -24,7 +24,7 @@ class FakeRuntime(Runtime):
 
     name: ClassVar[str] = "fake"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=tuple(SCHEMES), samples=False, in_flight=True, cancels=True
+        schemes=tuple(SCHEMES), samples=False, in_flight=True, cancels=True, loads_source=True
     )
 
     def __init__(self, config: RuntimeConfig) -> None:

@@ -55,7 +55,7 @@ class LlamaCppRuntime(Runtime):
 
     name: ClassVar[str] = "llama_cpp"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=("fp32", "bf16", *QUANTIZED), samples=False, in_flight=True, cancels=True
+        schemes=("fp32", "bf16", *QUANTIZED), samples=False, in_flight=True, cancels=True, loads_source=False
     )
 
     @classmethod

@@ -33,7 +33,11 @@ class NativeRuntime(Runtime):
 
     name: ClassVar[str] = "native"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=("fp32", "bf16", "fp16", "w8a16", "w4a16"), samples=True, in_flight=True, cancels=True
+        schemes=("fp32", "bf16", "fp16", "w8a16", "w4a16"),
+        samples=True,
+        in_flight=True,
+        cancels=True,
+        loads_source=True,
     )
 
     def __init__(self, config: RuntimeConfig) -> None:

@@ -37,7 +37,7 @@ class TransformersRuntime(Runtime):
 
     name: ClassVar[str] = "transformers"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=("fp32", "bf16", "fp16"), samples=True, in_flight=False, cancels=True
+        schemes=("fp32", "bf16", "fp16"), samples=True, in_flight=False, cancels=True, loads_source=True
     )
 
     def __init__(self, config: RuntimeConfig) -> None:

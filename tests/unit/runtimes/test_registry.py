@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from hasten.bench.result import Candidate
 from hasten.errors import MissingExtraError, UsageError
+from hasten.pipeline.target import Target, prepared
 from hasten.runtimes.base import Runtime, RuntimeConfig
 from hasten.runtimes.registry import RUNTIMES, load_runtime, runtime_class
 
@@ -34,3 +36,17 @@ def test_a_missing_library_is_a_missing_extra(name: str, monkeypatch: pytest.Mon
     monkeypatch.delitem(__import__("sys").modules, f"hasten.runtimes.{name}", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'hasten\["):
         runtime_class(name)
+
+
+def test_a_runtime_that_does_not_load_the_source_is_handed_a_converted_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RUNTIMES:
+        try:
+            found = runtime_class(name)
+        except MissingExtraError:
+            continue
+        monkeypatch.setattr(found, "prepare", lambda model, scheme, out: out)
+        target = Target(Candidate(name, "fp32"), tmp_path, tmp_path, is_converted=False)
+        converts = name in {"onnxruntime", "llama_cpp"}
+        assert prepared(target, tmp_path / "out") == (tmp_path / "out" if converts else tmp_path)
