@@ -25,7 +25,7 @@ from hasten.runtimes.base import RuntimeConfig
 from hasten.runtimes.native import NativeRuntime
 
 PROMPT_TOKENS = 128
-SAMPLES_PER_S = 400
+SAMPLES_PER_S = 100
 
 
 def decode(model: Path, scheme: str, seconds: float) -> None:

@@ -120,9 +120,9 @@ def paged_attention(
     Returns:
         [num_tokens, heads * dim].
     """
+    num_tokens, num_heads, dim = q.shape
     num_kv_heads = keys.shape[2]
-    groups = (num_kv_heads, q.shape[1] // num_kv_heads)
-    queries = q.unflatten(1, groups).split_with_sizes(plan.query_lens)
+    queries = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, dim).split_with_sizes(plan.query_lens)
     outputs = [
         _decode(rows, keys, values, sequence, scale)
         if sequence.num_queries == 1
@@ -130,7 +130,7 @@ def paged_attention(
         for rows, sequence in zip(queries, plan.sequences, strict=True)
     ]
     attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended.view(q.shape[0], -1)
+    return attended.view(num_tokens, num_heads * dim)
 
 
 def _read(cache: torch.Tensor, plan: SequencePlan) -> torch.Tensor:

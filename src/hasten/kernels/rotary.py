@@ -32,6 +32,4 @@ def rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     Args:
         rotations: [num_tokens, 1, dim / 2] complex64.
     """
-    num_tokens, num_heads, dim = x.shape
-    pairs = torch.view_as_complex(x.float().view(num_tokens, num_heads, dim // 2, 2))
-    return torch.view_as_real(pairs * rotations).view(x.shape).to(x.dtype)
+    return x.float().view(torch.complex64).mul(rotations).view(torch.float32).to(x.dtype)
