@@ -13,7 +13,8 @@ from tiny_models import VARIANTS, TinyModel
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
 from hasten.kernels.kv_cache import allocate_kv_cache
-from hasten.models.decoder import Decoder, load_decoder
+from hasten.models.decoder import Decoder
+from hasten.models.load import load_decoder
 from hasten.request import Request, SamplingParams, TokenEvent
 
 SOME_VARIANTS = ("llama3-gqa", "qwen2-window", "qwen3", "mistral-window")

@@ -13,7 +13,7 @@ from hasten.engine import build as build_module
 from hasten.engine.build import build
 from hasten.engine.folder import is_engine_folder, read_engine_manifest, verify_engine_folder
 from hasten.errors import HastenError, ModelError, ResourceError, UsageError, WeightsError
-from hasten.models.decoder import load_decoder
+from hasten.models.load import load_decoder
 
 PROMPT = list(range(3, 33))
 

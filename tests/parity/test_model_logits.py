@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import VARIANTS, Harness, TinyModel, edit_config, make_model
 
-from hasten.models.decoder import load_decoder
+from hasten.models.load import load_decoder
 
 TOLERANCE = 1e-4
 

@@ -5,13 +5,19 @@ mask) is worked out once in an AttentionPlan. Grouped queries are handed to SDPA
 heads that share a key head, so keys and values are never repeated in memory; a sequence whose
 blocks are consecutive is read in place.
 
-It reads the cache; `kv_cache.write_kv` must have written the step's tokens before.
+`paged_attention` reads the cache; `CpuAttention` is all that stands between the qkv product and
+the output projection: norms of q and k, rotary positions, the cache, attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+from hasten.kernels.kv_cache import KVCache, write_kv
+from hasten.kernels.rms_norm import RMSNorm
+from hasten.kernels.rotary import rotate
 
 _flash = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -161,3 +167,72 @@ def _prefill(
     rows = q.permute(1, 2, 0, 3)
     attended = _flash(rows, k.expand(shared), v.expand(shared), 0.0, is_causal, attn_mask=plan.mask, scale=scale)[0]
     return attended.permute(2, 0, 1, 3).contiguous()
+
+
+class Step(Protocol):
+    """What attention reads of a `models.batch.Batch`."""
+
+    @property
+    def positions(self) -> torch.Tensor: ...
+    @property
+    def slot_mapping(self) -> torch.Tensor: ...
+    @property
+    def cu_seqlens_q(self) -> Sequence[int]: ...
+    @property
+    def context_lens(self) -> Sequence[int]: ...
+    @property
+    def block_tables(self) -> Sequence[Sequence[int]]: ...
+
+
+class CpuAttention:
+    """Attention of all layers.
+
+    Args:
+        windows: one a layer; tokens that a query sees, itself included, or None for all.
+        qk_norms: one a layer; over q's and k's heads together.
+        rotation: positions [num_tokens] to rotations [num_tokens, 1, head_dim / 2] complex64.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        windows: tuple[int | None, ...],
+        qk_norms: tuple[RMSNorm | None, ...],
+        rotation: Callable[[torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._windows, self._qk_norms, self._rotation, self._dtype = windows, qk_norms, rotation, dtype
+        self._scale = head_dim**-0.5
+
+    def begin(self, step: Step, kv_cache: KVCache) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Plans a step; see `models.decoder.Attend` for what is returned."""
+        rotations = self._rotation(step.positions)
+        plans = {
+            window: plan_attention(
+                step.cu_seqlens_q,
+                step.context_lens,
+                step.block_tables,
+                block_size=kv_cache.block_size,
+                window=window,
+                dtype=self._dtype,
+            )
+            for window in set(self._windows)
+        }
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+
+        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
+            heads = qkv.view(-1, num_heads + 2 * num_kv_heads, self._head_dim)
+            qk, v = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
+            norm = self._qk_norms[layer]
+            if norm is not None:
+                qk = norm(qk)
+            q, k = rotate(qk, rotations).split_with_sizes((num_heads, num_kv_heads), 1)
+            keys, values = kv_cache.keys[layer], kv_cache.values[layer]
+            write_kv(keys, values, k, v, step.slot_mapping)
+            return paged_attention(q, keys, values, plans[self._windows[layer]], self._scale)
+
+        return attend

@@ -19,7 +19,7 @@ from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.errors import RequestError
 from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
-from hasten.models.decoder import load_decoder
+from hasten.models.load import load_decoder
 from hasten.request import Request, TokenEvent
 from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import eos_token_ids, error_events

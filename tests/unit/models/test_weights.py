@@ -13,7 +13,7 @@ from hasten.artifact import inspect
 from hasten.config import scheme_named
 from hasten.errors import HastenError, UsageError, WeightsError
 from hasten.models.config import DecoderConfig
-from hasten.models.decoder import load_decoder
+from hasten.models.load import load_decoder
 from hasten.models.weights import WeightReader, linear_shapes, norm_shapes, stored_scheme
 from hasten.quantization.rtn import QuantizedWeight, quantize
 
