@@ -12,6 +12,7 @@ from tiny_models import VARIANTS, TinyModel
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
+from hasten.engine.model_runner import ModelRunner
 from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
@@ -72,7 +73,7 @@ def make_engine(decoder: Decoder, **limits: object) -> Engine:
     )
     for tensor in (*kv_cache.keys, *kv_cache.values):
         tensor.fill_(torch.nan)  # a slot that was never written must never count
-    return Engine(decoder, kv_cache, config, vocab_size=shape.vocab_size, eos_token_ids=(2,))
+    return Engine(ModelRunner(decoder, kv_cache), config, vocab_size=shape.vocab_size, eos_token_ids=(2,))
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> Tokens:

@@ -126,6 +126,11 @@ class BlockManager:
             self._by_digest[content.digest] = block
             self._contents[block] = content
 
+    def forget(self, table: BlockTable) -> None:
+        """Makes the contents of a table's blocks unknown; they stay held."""
+        for block in table.block_ids:
+            self._forget(block)
+
     def release(self, table: BlockTable) -> None:
         """Gives back all blocks of a table and leaves it empty."""
         # Last block first: a prefix outlives what continues it, because it is of more use.

@@ -1,5 +1,8 @@
 """The native engine: add a request, make a step, abort a request.
 
+Where the device works beside Python, a step is launched before the tokens of the last one are
+collected, so that the device never waits for Python (overlap scheduling).
+
 Every request that `add_request` accepted ends in one event with a finish_reason for each of
 its continuations. Its blocks are free as soon as it ends.
 
@@ -14,37 +17,41 @@ import torch
 
 from hasten.engine.block_manager import BlockManager, BlockTable
 from hasten.engine.config import EngineConfig
-from hasten.engine.model_runner import Model, ModelRunner
-from hasten.engine.scheduler import Scheduler
+from hasten.engine.model_runner import Collect, Runner
+from hasten.engine.scheduler import Schedule, Scheduler
 from hasten.engine.sequence import Sequence, make_sequences
 from hasten.errors import RequestError
-from hasten.kernels.kv_cache import KVCache
 from hasten.request import FinishReason, Request, TokenEvent
+
+OUT_OF_MEMORY = (
+    "the device ran out of memory while it computed a step: lower max_num_batched_tokens or max_num_seqs, "
+    "or end other programs on it"
+)
 
 
 class Engine:
     """Runs requests in flight on one model and one cache. Not safe for use from several threads.
 
     Args:
+        runner: has the model and the cache.
         config: resolved, with as many blocks as the cache.
         eos_token_ids: tokens that end a sequence unless its request says ignore_eos.
-        device: where the model and the cache are.
     """
 
     def __init__(
         self,
-        model: Model,
-        kv_cache: KVCache,
+        runner: Runner,
         config: EngineConfig,
         *,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
-        device: str = "cpu",
     ) -> None:
+        assert config.num_blocks is not None, "the config is resolved"
         self.config = config
-        self.block_manager = BlockManager(kv_cache.num_blocks, kv_cache.block_size, config.consecutive_blocks)
+        self.block_manager = BlockManager(config.num_blocks, config.block_size, config.consecutive_blocks)
         self.scheduler = Scheduler(config, self.block_manager)
-        self._runner = ModelRunner(model, kv_cache, device)
+        self._runner = runner
+        self._in_flight: tuple[Schedule, Collect] | None = None
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._num_arrivals = 0
@@ -54,7 +61,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return self.scheduler.has_unfinished or bool(self._pending)
+        return self.scheduler.has_unfinished or self._in_flight is not None or bool(self._pending)
 
     def add_request(self, request: Request) -> None:
         """Queues a request.
@@ -69,17 +76,38 @@ class Engine:
         self.scheduler.add(sequences)
 
     def step(self) -> list[TokenEvent]:
-        """Computes one step for the sequences that are due; returns their tokens and what has ended."""
+        """Computes one step for the sequences that are due; returns their tokens and what has ended.
+
+        With an asynchronous runner they are those of the step before, while the next one runs.
+        """
         events, self._pending = self._pending, []
-        if self.scheduler.has_unfinished:
-            schedule = self.scheduler.schedule()
-            sampled = self._runner.execute(schedule) if schedule.chunks else []
-            time_s = time.perf_counter()
-            computed = self.scheduler.commit(schedule, sampled, time_s)
-            computed += [_end(each, "error", time_s, self._too_long(each)) for each in schedule.too_long]
+        previous, self._in_flight = self._in_flight, self._launch(events)
+        if not self._runner.is_asynchronous:
+            previous, self._in_flight = self._in_flight, None
+        if previous is not None:
+            schedule, collect = previous
+            sampled = collect()
+            computed = self.scheduler.commit(schedule, sampled, time.perf_counter())
             self._count_ends(computed)
             events += computed
         return events
+
+    def _launch(self, events: list[TokenEvent]) -> tuple[Schedule, Collect] | None:
+        """Starts the next step, if anything is due; what ends without running is added to the events."""
+        if not self.scheduler.has_unfinished:
+            return None
+        schedule = self.scheduler.schedule()
+        ends = [_end(each, "error", time.perf_counter(), self._too_long(each)) for each in schedule.too_long]
+        launched = None
+        if schedule.chunks:
+            try:
+                launched = schedule, self._runner.launch(schedule)
+            except torch.OutOfMemoryError:
+                time_s, failed = time.perf_counter(), self.scheduler.fail(schedule)
+                ends += [_end(each, "error", time_s, OUT_OF_MEMORY) for each in failed]
+        self._count_ends(ends)
+        events += ends
+        return launched
 
     def abort(self, request_id: str) -> None:
         """Ends a request, frees its blocks at once; the next step returns its "cancelled" events.

@@ -4,7 +4,7 @@ Not here: any decision about what runs; `scheduler` has allocated every block th
 writes to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -17,6 +17,35 @@ from hasten.kernels.kv_cache import KVCache
 from hasten.models.batch import Batch
 
 
+Collect = Callable[[], list[SampledToken]]
+"""Waits for a step; gives a token for each chunk that samples, in their order."""
+
+
+class Runner(Protocol):
+    """Computes steps, in the order in which they are launched.
+
+    Attributes:
+        is_asynchronous: whether `launch` returns before the step is computed. Then the next
+            step is scheduled and launched before the tokens of this one are waited for.
+    """
+
+    is_asynchronous: bool
+
+    def launch(self, schedule: Schedule) -> Collect:
+        """Starts a step."""
+
+    def prompt_logits(self, token_ids: Items[int], table: BlockTable, chunk_tokens: int) -> Iterator[torch.Tensor]:
+        """Logits of all positions of one prompt, computed in chunks.
+
+        Args:
+            table: holds blocks for all the tokens; they are written.
+            chunk_tokens: most tokens of a chunk; its logits are all that is in memory at a time.
+
+        Returns:
+            [at most chunk_tokens, vocab_size] float32 for each chunk, in order.
+        """
+
+
 class Model(Protocol):
     """What the engine needs of a model: models.decoder.Decoder has it."""
 
@@ -25,23 +54,26 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """Runs steps of one model on one cache.
+    """Runs steps of one model on one cache, one at a time.
 
     Args:
         device: where the cache and the model are.
     """
 
-    def __init__(self, model: Model, kv_cache: KVCache, device: str) -> None:
+    is_asynchronous = False
+
+    def __init__(self, model: Model, kv_cache: KVCache, device: str = "cpu") -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = kv_cache.block_size
         self._device = device
 
-    @torch.inference_mode()
-    def execute(self, schedule: Schedule) -> list[SampledToken]:
-        """Computes a step; returns a token for each chunk that samples, in their order."""
-        logits = self._model.forward(self.build_batch(schedule), self._kv_cache)  # [num_logits, vocab_size]
-        return sample(logits, [chunk.sequence for chunk in schedule.chunks if chunk.samples])
+    def launch(self, schedule: Schedule) -> Collect:
+        """Computes a step."""
+        with torch.inference_mode():
+            logits = self._model.forward(self.build_batch(schedule), self._kv_cache)  # [num_logits, vocab_size]
+            tokens = sample(logits, [chunk.sequence for chunk in schedule.chunks if chunk.samples])
+        return lambda: tokens
 
     def build_batch(self, schedule: Schedule) -> Batch:
         """The tensors of a step."""
@@ -54,8 +86,7 @@ class ModelRunner:
         logits_indices: list[int] = []
         for chunk in schedule.chunks:
             sequence = chunk.sequence
-            start = sequence.num_computed_tokens
-            end = start + chunk.num_tokens
+            start, end = chunk.start, chunk.start + chunk.num_tokens
             block_ids = sequence.table.block_ids
             token_ids += sequence.token_ids[start:end]
             positions += range(start, end)
@@ -77,15 +108,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prompt_logits(self, token_ids: Items[int], table: BlockTable, chunk_tokens: int) -> Iterator[torch.Tensor]:
-        """Logits of all positions of one prompt, computed in chunks.
-
-        Args:
-            table: holds blocks for all the tokens; they are written.
-            chunk_tokens: most tokens of a chunk; its logits are all that is in memory at a time.
-
-        Returns:
-            [at most chunk_tokens, vocab_size] float32 for each chunk, in order.
-        """
+        """See Runner."""
         for start in range(0, len(token_ids), chunk_tokens):
             end = min(start + chunk_tokens, len(token_ids))
             batch = Batch(

@@ -10,9 +10,12 @@ The order is: penalties, temperature, top-k, top-p, min-p, draw.
 - min-p: tokens stay whose probability is at least min_p times the largest (arXiv 2407.01082,
   section 3).
 
-The invariant: a row's token depends on that row's logits, parameters and random state alone,
-and each drawn token takes exactly one random number. So a seed gives the same tokens however
-requests are batched, chunked or preempted.
+The invariant: a row's token depends on that row's logits, parameters and random number alone,
+and that number on the sequence's seed and its number of generated tokens alone. So a seed gives
+the same tokens however requests are batched, chunked or preempted.
+
+This is the sampler in torch, of any device; `kernels.cuda.sample` is the same one as kernels.
+Scores and probabilities are float32; random numbers and cumulative probabilities are float64.
 """
 
 import math
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.engine.sequence import Sequence
+from hasten.engine.sequence import Sequence, uniform
 from hasten.request import SamplingParams
 
 # Top-p first looks at this many of the most probable tokens, and sorts the whole vocabulary
@@ -58,13 +61,16 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToke
         penalize(row, sequence.sampling, sequence.token_ids, sequence.num_prompt_tokens)
     best = logits.max(dim=-1)
     tokens = [_chosen(token_id, value) for token_id, value in _rows(best.indices, best.values)]
-    drawn = [
-        row for row, sequence in enumerate(sequences) if sequence.generator is not None and tokens[row].error is None
-    ]
-    if drawn:
+    uniforms = {
+        row: uniform(sequence.random_seed, sequence.num_output_tokens)
+        for row, sequence in enumerate(sequences)
+        if sequence.random_seed is not None and tokens[row].error is None
+    }
+    if uniforms:
+        drawn = list(uniforms)
         scores = logits[drawn]  # a copy: log-probabilities are those before filtering
         filter_scores(scores, [sequences[row].sampling for row in drawn])
-        for row, token_id in zip(drawn, draw(scores, [sequences[row].generator for row in drawn]), strict=True):
+        for row, token_id in zip(drawn, draw(scores, list(uniforms.values())), strict=True):
             tokens[row] = SampledToken(token_id)
     for row, sequence in enumerate(sequences):
         if sequence.sampling.logprobs is not None and tokens[row].error is None:
@@ -114,15 +120,15 @@ def filter_scores(scores: torch.Tensor, samplings: Items[SamplingParams]) -> Non
         scores.masked_fill_(scores < scores.amax(dim=-1, keepdim=True) + _column(scores, distance), -math.inf)
 
 
-def draw(scores: torch.Tensor, generators: Items[torch.Generator | None]) -> list[int]:
+def draw(scores: torch.Tensor, uniforms: Items[float]) -> list[int]:
     """Draws one token a row from softmax(scores), by inverting the distribution function.
 
     Args:
         scores: [num_rows, vocab_size] float32.
+        uniforms: one number in [0, 1) a row.
     """
     cumulative = scores.softmax(dim=-1).double().cumsum(dim=-1)  # [num_rows, vocab_size]
-    uniform = [torch.rand((), generator=each, dtype=torch.float64).item() for each in generators]
-    targets = _column(cumulative, uniform) * cumulative[:, -1:]  # [num_rows, 1]
+    targets = _column(cumulative, uniforms) * cumulative[:, -1:]  # [num_rows, 1]
     # The first token whose cumulative probability is above the target; its own is not 0.
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).tolist()
 

@@ -9,6 +9,11 @@ overtaken; and as preemption always takes the latest arrival, the earliest seque
 advances: nobody starves. A preempted sequence gives up its blocks and computes them again
 later (preemption by recompute, arXiv 2309.06180, section 4.5).
 
+A step may be scheduled while the one before it still runs: a token that is being drawn counts
+as there, and a sequence that then turns out to have ended is passed over when its superfluous
+step is committed. Its blocks may have new owners by then: they are written to by later steps
+only, and steps run in order.
+
 Not here: the tensors of the step (`model_runner`) and the choice of the token (`sampler`).
 """
 
@@ -29,13 +34,16 @@ class ScheduledChunk:
     """The tokens of one sequence that a step computes.
 
     Args:
-        num_tokens: counted from the sequence's first uncomputed token.
-        samples: whether these are the last tokens known, so that the next one is drawn.
+        start: position of the first of them.
+        samples: whether these are the last tokens there are, so that the next one is drawn.
+        is_decode: whether its only token is the one that the sequence's last step drew.
     """
 
     sequence: Sequence
+    start: int
     num_tokens: int
     samples: bool
+    is_decode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self._config = config
         self._blocks = block_manager
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
 
     @property
     def has_unfinished(self) -> bool:
@@ -78,27 +87,31 @@ class Scheduler:
         aborted = tuple(each for each in (*self.running, *self.waiting) if each.request.request_id == request_id)
         if aborted:
             for sequence in aborted:
-                self._blocks.release(sequence.table)
-            self.running = [each for each in self.running if each not in aborted]
-            self.waiting = deque(each for each in self.waiting if each not in aborted)
+                self._give_back(sequence)
+                sequence.is_finished = True
+            self.running = [each for each in self.running if not each.is_finished]
+            self.waiting = deque(each for each in self.waiting if not each.is_finished)
         return aborted
 
     def schedule(self) -> Schedule:
-        """Chooses the next step and allocates the blocks that it writes to."""
+        """Chooses the next step and allocates the blocks that it writes to.
+
+        Its tokens count as computed from now on: the step must run, before any later one.
+        """
         chunks: list[ScheduledChunk] = []
         too_long: list[Sequence] = []
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
-            if sequence.num_uncomputed_tokens == 1 and self._grow(sequence, too_long):
-                chunks.append(ScheduledChunk(sequence, 1, True))
+            if sequence.num_uncomputed_tokens == 1 and not sequence.is_complete and self._grow(sequence, too_long):
+                chunks.append(self._chunk(sequence, 1))
         budget = self._config.max_num_batched_tokens - len(chunks)
         for sequence in self.running:
             if sequence.num_uncomputed_tokens > 1 and budget > 0:
-                chunks.append(_chunk(sequence, budget))
+                chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         if self.num_preemptions == num_preemptions:
             while self.waiting and budget > 0 and self._admit():
-                chunks.append(_chunk(self.running[-1], budget))
+                chunks.append(self._chunk(self.running[-1], budget))
                 budget -= chunks[-1].num_tokens
         return Schedule(chunks, too_long)
 
@@ -111,18 +124,17 @@ class Scheduler:
         """
         events: list[TokenEvent] = []
         reason: FinishReason | None
-        finished: list[Sequence] = []
         tokens = iter(sampled)
         for chunk in schedule.chunks:
             sequence = chunk.sequence
-            self._advance(sequence, chunk.num_tokens)
             if not chunk.samples:
                 continue
             token = next(tokens)
+            if sequence.is_finished:
+                continue
             sequence.token_ids.append(token.token_id)
+            sequence.num_pending_tokens -= 1
             reason = "error" if token.error else _finish_reason(sequence)
-            if reason is not None:
-                finished.append(sequence)
             events.append(
                 TokenEvent(
                     request_id=sequence.request.request_id,
@@ -135,9 +147,18 @@ class Scheduler:
                     error=token.error,
                 )
             )
-        for sequence in finished:
-            self._leave(sequence)
+            self._record_blocks(sequence)
+            if reason is not None:
+                self._end(sequence)
         return events
+
+    def fail(self, schedule: Schedule) -> tuple[Sequence, ...]:
+        """Ends the sequences of a step that could not run; returns them."""
+        failed = tuple(chunk.sequence for chunk in schedule.chunks if not chunk.sequence.is_finished)
+        for sequence in failed:
+            self._blocks.forget(sequence.table)  # what they were to hold was never written
+            self._end(sequence)
+        return failed
 
     def check_integrity(self) -> None:
         """Fails if a block has leaked or was freed while held, or if a sequence was overtaken."""
@@ -147,33 +168,47 @@ class Scheduler:
         assert arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}"
         assert len(self.running) <= self._config.max_num_seqs
         assert all(not each.table.block_ids and each.num_computed_tokens == 0 for each in self.waiting)
+        slots = [each.slot for each in self.running]
+        assert sorted(self._free_slots + slots) == list(range(self._config.max_num_seqs)), f"slots {slots}"
+        assert all(each.slot is None for each in self.waiting)
 
     def _grow(self, sequence: Sequence, too_long: list[Sequence]) -> bool:
         """Makes room for a running sequence's tokens; False if it had to leave.
 
         Takes the blocks of later arrivals if no other is free.
         """
-        while sequence in self.running:
+        while sequence.slot is not None:
             try:
-                self._blocks.grow(sequence.table, len(sequence.token_ids), sequence.max_total_tokens)
+                self._blocks.grow(sequence.table, sequence.num_tokens, sequence.max_total_tokens)
                 return True
             except OutOfBlocksError:
-                if self._blocks.num_blocks_for(len(sequence.token_ids)) > self._blocks.num_blocks:
-                    self._leave(sequence)
+                if self._blocks.num_blocks_for(sequence.num_tokens) > self._blocks.num_blocks:
+                    self._end(sequence)
                     too_long.append(sequence)
                 else:
                     self._preempt(self.running[-1])
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._leave(sequence)
-        sequence.num_computed_tokens = 0
+        self.running.remove(sequence)
+        self._give_back(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence) -> None:
+        """Removes a sequence for good; it may wait, if it was preempted while its last token was drawn."""
+        (self.waiting if sequence.slot is None else self.running).remove(sequence)
+        self._give_back(sequence)
+        sequence.is_finished = True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Takes from a sequence what only running ones have; nothing in it is computed any more."""
         self._blocks.release(sequence.table)
-        self.running.remove(sequence)
+        if sequence.slot is not None:
+            self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        sequence.num_computed_tokens = sequence.num_recorded_blocks = 0
+        sequence.is_decoding = False
 
     def _admit(self) -> bool:
         """Moves the first waiting sequence to the running ones, with blocks for all its tokens, if it may."""
@@ -188,6 +223,7 @@ class Scheduler:
             return False
         self._blocks.grow(sequence.table, len(sequence.token_ids), sequence.max_total_tokens)
         sequence.num_computed_tokens = num_shared_tokens
+        sequence.slot = self._free_slots.pop()
         self.num_prefix_hit_tokens += num_shared_tokens
         self.running.append(self.waiting.popleft())
         return True
@@ -219,19 +255,26 @@ class Scheduler:
             self._blocks.share(sequence.table, block)
         return len(sequence.table.block_ids) * block_size
 
-    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Counts tokens as computed, and makes the blocks that they filled known."""
-        block_size = self._config.block_size
-        first_block = sequence.num_computed_tokens // block_size
+    def _chunk(self, sequence: Sequence, budget: int) -> ScheduledChunk:
+        """Schedules as many of a sequence's tokens as the budget allows."""
+        start, num_tokens = sequence.num_computed_tokens, min(sequence.num_uncomputed_tokens, budget)
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        chunk = ScheduledChunk(sequence, start, num_tokens, samples, sequence.is_decoding)
         sequence.num_computed_tokens += num_tokens
-        if self._config.enable_prefix_cache or sequence.sampling.n > 1:
-            for index in range(first_block, sequence.num_computed_tokens // block_size):
-                self._blocks.record(sequence.table.block_ids[index], sequence.cached_block(index, block_size))
+        self._record_blocks(sequence)
+        sequence.num_pending_tokens += samples
+        sequence.is_decoding = samples
+        return chunk
 
-
-def _chunk(sequence: Sequence, budget: int) -> ScheduledChunk:
-    num_tokens = min(sequence.num_uncomputed_tokens, budget)
-    return ScheduledChunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
+    def _record_blocks(self, sequence: Sequence) -> None:
+        """Makes known which tokens its full blocks hold, as far as they are computed and known."""
+        if sequence.slot is None or not (self._config.enable_prefix_cache or sequence.sampling.n > 1):
+            return
+        block_size = self._config.block_size
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // block_size
+        for index in range(sequence.num_recorded_blocks, num_full):
+            self._blocks.record(sequence.table.block_ids[index], sequence.cached_block(index, block_size))
+        sequence.num_recorded_blocks = max(sequence.num_recorded_blocks, num_full)
 
 
 def _finish_reason(sequence: Sequence) -> FinishReason | None:

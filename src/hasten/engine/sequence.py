@@ -1,25 +1,27 @@
 """The mutable state of one continuation of a request.
 
 A request with `n` continuations becomes n sequences; they share the blocks of the prompt.
-Tokens whose keys and values are in the cache are `token_ids[:num_computed_tokens]`; the rest
-is still to be computed. Preemption sets that number back to what a shared prefix holds and
-loses nothing else, so a sequence continues with the tokens and the random state it had.
+Tokens whose keys and values are in the cache, or on their way there in a step that runs, are the
+first `num_computed_tokens`. A step that runs may also be about to give the next token: until it
+is known it counts in `num_pending_tokens`. Preemption sets the computed tokens back to what a
+shared prefix holds and loses nothing else, so a sequence continues with the tokens it had.
+
+The random number of a sequence's i-th generated token is a pure function of its seed and i
+(SplitMix64, Steele, Lea and Flood 2014, with i as the counter): it needs no state, it is known
+before the logits are, and it is the same on every device.
 
 Not here: which step computes what (`scheduler`), and which block holds what (`block_manager`).
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import torch
 
 from hasten.engine.block_manager import BlockTable, CachedBlock, chain_digest
 from hasten.request import Request, SamplingParams
 
-# Odd, with its bits well mixed (2^64 / golden ratio): continuations of one seed, and of seeds
-# that are close together, start far apart.
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_MASK = (1 << 63) - 1
+_STEP = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
+_MASK = (1 << 64) - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -31,8 +33,12 @@ class Sequence:
         arrival: number in the order in which sequences were added.
         token_ids: prompt and output.
         max_total_tokens: it ends with "length" when token_ids is this long.
+        num_pending_tokens: how many steps run that each draw a token of it.
+        num_recorded_blocks: its full blocks that the block manager knows by content.
+        slot: its number among the running sequences, below max_num_seqs, while it runs.
+        is_decoding: whether the token to compute next is the one that its last step drew.
         known_blocks: the hash chain of its full blocks, as far as it was needed.
-        generator: draws its tokens; None for a greedy sequence.
+        random_seed: 64 bits that give its random numbers; None for a greedy sequence.
     """
 
     request: Request
@@ -41,8 +47,13 @@ class Sequence:
     token_ids: list[int]
     max_total_tokens: int
     stop_token_ids: frozenset[int]
-    generator: torch.Generator | None
+    random_seed: int | None
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_recorded_blocks: int = 0
+    slot: int | None = None
+    is_decoding: bool = False
+    is_finished: bool = False
     table: BlockTable = field(default_factory=BlockTable)
     known_blocks: list[CachedBlock] = field(default_factory=list)
 
@@ -55,8 +66,22 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output, with the tokens that are still being drawn."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last token is known or being drawn."""
+        return self.num_tokens >= self.max_total_tokens
 
     def cached_block(self, index: int, block_size: int) -> CachedBlock:
         """What its full block number `index` holds."""
@@ -84,16 +109,26 @@ def make_sequences(
             token_ids=list(request.prompt_token_ids),
             max_total_tokens=min(len(request.prompt_token_ids) + sampling.max_tokens, max_model_tokens),
             stop_token_ids=stop_token_ids,
-            generator=None if sampling.is_greedy else _generator(sampling.seed, index),
+            random_seed=None if sampling.is_greedy else _random_seed(sampling.seed, index),
         )
         for index in range(sampling.n)
     )
 
 
-def _generator(seed: int | None, index: int) -> torch.Generator:
-    generator = torch.Generator()
+def uniform(random_seed: int, index: int) -> float:
+    """The random number in [0, 1), a multiple of 2^-53, of a sequence's generated token number `index`."""
+    return (_mixed(random_seed + (index + 1) * _STEP) >> 11) * 2.0**-53
+
+
+def _random_seed(seed: int | None, index: int) -> int:
     if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed((seed + index * _SEED_STEP) & _SEED_MASK)
-    return generator
+        return int.from_bytes(os.urandom(8))
+    # Mixed: the numbers of two continuations, or of two close seeds, are not each other's, shifted.
+    return _mixed(_mixed(seed) + index)
+
+
+def _mixed(value: int) -> int:
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

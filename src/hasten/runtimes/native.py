@@ -15,6 +15,7 @@ import torch
 from hasten.engine.build import build
 from hasten.engine.config import EngineConfig, resolve
 from hasten.engine.engine import Engine
+from hasten.engine.model_runner import ModelRunner
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.errors import RequestError
 from hasten.hardware import memory
@@ -68,12 +69,10 @@ class NativeRuntime(Runtime):
             config.device,
         )
         self._engine = Engine(
-            decoder,
-            kv_cache,
+            ModelRunner(decoder, kv_cache),
             limits,
             vocab_size=shape.vocab_size,
             eos_token_ids=eos_token_ids(config.model),
-            device=config.device,
         )
 
     @classmethod

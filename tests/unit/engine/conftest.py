@@ -13,6 +13,8 @@ import torch
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
+from hasten.engine.model_runner import Collect, ModelRunner
+from hasten.engine.scheduler import Schedule
 from hasten.kernels.kv_cache import KVCache, allocate_kv_cache
 from hasten.models.batch import Batch
 from hasten.request import Request, TokenEvent
@@ -50,16 +52,37 @@ def logits_of(context: list[int]) -> torch.Tensor:
     return torch.randn(VOCAB_SIZE, generator=generator) * 2
 
 
+class OverlappingRunner(ModelRunner):
+    """Gives tokens a step late, as a GPU does, and knows those that it drew before the host does."""
+
+    is_asynchronous = True
+
+    def launch(self, schedule: Schedule) -> Collect:
+        decoding = [chunk.sequence for chunk in schedule.chunks if chunk.is_decode]
+        unknown = [each for each in decoding if each.num_pending_tokens == 2]
+        for sequence in unknown:
+            sequence.token_ids.append(self.drawn[id(sequence)])
+        collect = super().launch(schedule)
+        for sequence in unknown:
+            sequence.token_ids.pop()
+        sampling = [chunk.sequence for chunk in schedule.chunks if chunk.samples]
+        self.drawn = {id(each): token.token_id for each, token in zip(sampling, collect(), strict=True)}
+        return collect
+
+    drawn: dict[int, int] = {}
+
+
 @pytest.fixture
 def make_engine() -> Callable[..., Engine]:
     """Makes an engine over a ContextModel from the fields of an EngineConfig."""
 
-    def make(eos_token_ids: Iterable[int] = (), **limits: object) -> Engine:
+    def make(eos_token_ids: Iterable[int] = (), overlaps: bool = False, **limits: object) -> Engine:
         config = EngineConfig(**{"num_blocks": 64, "block_size": 4, "max_model_tokens": 128, **limits})
         assert config.num_blocks is not None
         kv_cache = allocate_kv_cache(1, config.num_blocks, config.block_size, 1, 1, torch.int64, "cpu")
         kv_cache.keys[0].fill_(-1)
-        return Engine(ContextModel(), kv_cache, config, vocab_size=VOCAB_SIZE, eos_token_ids=eos_token_ids)
+        runner = OverlappingRunner if overlaps else ModelRunner
+        return Engine(runner(ContextModel(), kv_cache), config, vocab_size=VOCAB_SIZE, eos_token_ids=eos_token_ids)
 
     return make
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hasten.engine.sampler import draw, filter_scores, penalize, sample
-from hasten.engine.sequence import Sequence, make_sequences
+from hasten.engine.sequence import Sequence, make_sequences, uniform
 from hasten.request import Request, SamplingParams
 
 VOCAB_SIZE = 3000  # more than top-p looks at first
@@ -28,6 +28,13 @@ def sequence_with(prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = ()
 
 def random_logits(num_rows: int, scale: float, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def generate(sequence: Sequence, logits: torch.Tensor, num_tokens: int) -> list[int]:
+    """Tokens drawn one after the other from the same logits."""
+    for _ in range(num_tokens):
+        sequence.token_ids.append(sample(logits.clone(), [sequence])[0].token_id)
+    return sequence.token_ids[sequence.num_prompt_tokens :]
 
 
 def kept(scores: torch.Tensor) -> torch.Tensor:
@@ -119,10 +126,9 @@ def test_top_p_looks_beyond_its_first_candidates() -> None:
 
 def test_draw_follows_the_distribution() -> None:
     scores = torch.tensor([2.0, 1.0, -math.inf, 0.0, -1.0, 1.5, -math.inf, -2.0])
-    generator = torch.Generator().manual_seed(0)
     num_draws = 20_000
     counts = torch.zeros(8)
-    for token_id in draw(scores.expand(num_draws, -1), [generator] * num_draws):
+    for token_id in draw(scores.expand(num_draws, -1), [uniform(1, index) for index in range(num_draws)]):
         counts[token_id] += 1
     expected = scores.softmax(-1) * num_draws
     assert counts[~kept(scores)].sum() == 0
@@ -130,28 +136,47 @@ def test_draw_follows_the_distribution() -> None:
     assert chi_squared < 20.5  # 5 degrees of freedom, probability 0.001
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
-def test_draw_never_takes_a_dropped_token(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.tensor(uniform, dtype=torch.float64))
+@pytest.mark.parametrize(("number", "token_id"), [(0.0, 1), (1.0 - 2.0**-53, 2)])
+def test_draw_never_takes_a_dropped_token(number: float, token_id: int) -> None:
     scores = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
-    assert draw(scores, [None])[0] in {1, 2}
+    assert draw(scores, [number]) == [token_id]
+
+
+def test_random_numbers_are_uniform_and_independent_of_each_other() -> None:
+    first, second, later = (
+        torch.tensor([uniform(seed, index) for index in range(start, start + 20_000)], dtype=torch.float64)
+        for seed, start in ((0, 0), (1, 0), (0, 1))
+    )
+    counts = torch.histc(first, 16, 0.0, 1.0)
+    assert ((counts - 1250) ** 2 / 1250).sum() < 37.7  # 15 degrees of freedom, probability 0.001
+    assert first.min() >= 0.0
+    assert first.max() < 1.0
+    for other in (second, later):  # of another seed, and of the next token
+        assert abs(torch.corrcoef(torch.stack((first, other)))[0, 1]) < 0.025
+
+
+def test_random_numbers_never_change() -> None:
+    # SplitMix64's published outputs for the state 1234567: a seed must mean the same tokens for ever.
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [uniform(1234567, index) for index in range(3)] == [(each >> 11) / 2**53 for each in published]
 
 
 def test_a_seed_gives_the_same_tokens_beside_any_others() -> None:
     logits = random_logits(3, 1.0)
     sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
-    alone_sequence = sequence_with(**sampling)
-    alone = [sample(logits[:1].clone(), [alone_sequence])[0].token_id for _ in range(20)]
+    alone = generate(sequence_with(**sampling), logits[:1], 20)
     beside = [sequence_with(**sampling), sequence_with(temperature=1.0, seed=8), sequence_with()]
-    together = [[token.token_id for token in sample(logits.clone(), beside)] for _ in range(20)]
-    assert [tokens[0] for tokens in together] == alone
+    for _ in range(20):
+        for sequence, token in zip(beside, sample(logits.clone(), beside), strict=True):
+            sequence.token_ids.append(token.token_id)
+    assert beside[0].token_ids[2:] == alone
     assert len(set(alone)) > 10
-    assert {tokens[2] for tokens in together} == {int(logits[2].argmax())}
+    assert set(beside[2].token_ids[2:]) == {int(logits[2].argmax())}
 
 
 def test_continuations_and_seeds_draw_differently() -> None:
     def tokens_of(sequence: Sequence) -> tuple[int, ...]:
-        return tuple(sample(random_logits(1, 0.1), [sequence])[0].token_id for _ in range(8))
+        return tuple(generate(sequence, random_logits(1, 0.1), 8))
 
     request = Request("r", (1,), SamplingParams(temperature=1.0, seed=3, n=3))
     drawn = [tokens_of(sequence) for sequence in make_sequences(request, 0, (), 100)]

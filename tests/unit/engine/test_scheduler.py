@@ -28,15 +28,16 @@ def machine(make_engine: Callable[..., Engine], expected_tokens: Callable[[list[
     class SchedulerMachine(RuleBasedStateMachine):
         """A cache of 12 blocks for up to 4 sequences of up to 40 tokens: preemption is common."""
 
-        @initialize(budget=st.integers(4, 12), prefix_cache=st.booleans(), consecutive=st.booleans())
-        def start(self, budget: int, prefix_cache: bool, consecutive: bool) -> None:
+        @initialize(budget=st.integers(4, 12), prefix_cache=st.booleans(), overlaps=st.booleans())
+        def start(self, budget: int, prefix_cache: bool, overlaps: bool) -> None:
             self.engine = make_engine(
+                overlaps=overlaps,
                 num_blocks=12,
                 max_num_seqs=4,
                 max_num_batched_tokens=budget,
                 max_model_tokens=40,
                 enable_prefix_cache=prefix_cache,
-                consecutive_blocks=consecutive,
+                consecutive_blocks=not overlaps,
             )
             self.requests: dict[str, Request] = {}
             self.events: dict[tuple[str, int], list[TokenEvent]] = {}
@@ -64,8 +65,9 @@ def machine(make_engine: Callable[..., Engine], expected_tokens: Callable[[list[
         def teardown(self) -> None:
             if not hasattr(self, "engine"):
                 return
-            # In every step the earliest running sequence computes at least one token.
-            bound = 1 + sum(
+            # In every step the earliest running sequence computes at least one token. Where steps overlap
+            # one more brings the last token.
+            bound = 2 + sum(
                 each.sampling.n * (len(each.prompt_token_ids) + each.sampling.max_tokens)
                 for each in self.requests.values()
             )
@@ -139,6 +141,16 @@ def test_long_prompt_is_chunked_while_others_decode(make_engine: Callable[..., E
     assert tokens_of_each_step == [["r1"]] * 5 + [["r1", "r2"]]  # 40 tokens, 7 in each step beside r1's
 
 
+def test_overlapping_steps_give_a_token_each(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(overlaps=True)
+    engine.add_request(request("r1", 5, 10))
+    tokens_of_each_step = []
+    while engine.has_unfinished:
+        tokens_of_each_step.append(len(engine.step()))
+    assert tokens_of_each_step == [0] + [1] * 10
+    assert engine._runner._model.num_steps == 10  # type: ignore[attr-defined]
+
+
 def test_budget_is_never_exceeded(make_engine: Callable[..., Engine], run: Run) -> None:
     engine = make_engine(max_num_seqs=4, max_num_batched_tokens=8, num_blocks=20)
     run(engine, [request(f"r{i}", 17 + i, 20) for i in range(6)])
@@ -174,7 +186,7 @@ def test_requests_start_in_the_order_of_arrival(make_engine: Callable[..., Engin
 
 
 def test_admission_leaves_room_for_those_that_run_to_grow(make_engine: Callable[..., Engine], run: Run) -> None:
-    engine = make_engine(num_blocks=8)
+    engine = make_engine(num_blocks=8, enable_prefix_cache=False)
     # r1 would fill the last block just when r0 needs one
     run(engine, [request("r0", 16, 5), request("r1", 16, 5)])
     assert engine.scheduler.num_preemptions == 0
@@ -191,7 +203,7 @@ def test_continuations_share_the_blocks_of_the_prompt(make_engine: Callable[...,
         assert all(table[:5] == tables[0][:5] for table in tables)
         assert len({table[5] for table in tables}) == 4
         model = engine._runner._model
-        assert model.num_computed_tokens == 21 + 1 + 3 * 1  # type: ignore[attr-defined]
+        assert model.num_computed_tokens == (21 + 3) + 4  # type: ignore[attr-defined]
 
 
 def test_prefix_cache_computes_only_what_is_new(make_engine: Callable[..., Engine], run: Run) -> None:
