@@ -10,9 +10,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hasten.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Scheme:
         weight_bits: stored bits of one weight of a linear layer.
         group_size: weights of one row that share a scale; None is the whole row.
         activation: dtype that activations have, in torch's spelling.
+        is_fp8: whether the 8 bits are a floating-point number (e4m3) instead of an integer.
     """
 
     name: str
     weight_bits: int
     activation: str
     group_size: int | None = None
+    is_fp8: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -43,6 +47,7 @@ SCHEMES = {
         Scheme("fp16", 16, "float16"),
         Scheme("w8a16", 8, "bfloat16"),
         Scheme("w4a16", 4, "bfloat16", group_size=128),
+        Scheme("fp8", 8, "bfloat16", is_fp8=True),
     )
 }
 

@@ -30,6 +30,7 @@ EXTRAS = {
         Extra("onnxruntime", "onnx", "onnx", "1.19", "the onnxruntime runtime"),
         Extra("llama-cpp", "llama_cpp", "llama-cpp-python", "0.3.36", "the llama_cpp runtime"),
         Extra("llama-cpp", "gguf", "gguf", "0.19", "the llama_cpp runtime"),
+        Extra("cuda", "pynvml", "nvidia-ml-py", "12.560", "the power figure of hasten profile"),
     )
 }
 

@@ -65,6 +65,7 @@ class Hardware:
         cpu_flags: those of CPU_FLAGS that the CPU has.
         memory_bytes: installed, or the control group's limit if that is less.
         available_memory_bytes: what can be allocated now without swapping.
+        gpus: without those that CUDA_VISIBLE_DEVICES hides.
         read_bandwidth_bytes_per_s: measured with num_cpus threads; None if it was not asked for.
     """
 
@@ -210,8 +211,12 @@ def _reclaimable_bytes(group: Path) -> int:
 
 def _gpus() -> tuple[Gpu, ...]:
     """() where there is no NVIDIA driver, or where its tool fails or hangs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return ()
+    command = NVIDIA_SMI if visible is None else (*NVIDIA_SMI, f"--id={visible}")
     try:
-        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)

@@ -203,6 +203,17 @@ def test_a_caller_that_stops_listening_leaves_a_usable_runtime(runtime: Runtime)
     assert len(tokens(run(runtime, request("next", prompt(6), 5))["next"])) == 5
 
 
+def test_a_recording_is_a_trace_file_or_is_said_not_to_be(runtime: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json.gz"
+    assert runtime.record([request("r", prompt(6), 4)], path) == path.is_file()
+    assert len(tokens(run(runtime, request("r", prompt(6)))["r"])) == 8
+
+
+def test_memory_on_a_gpu_is_told_only_there(runtime: Runtime) -> None:
+    assert runtime.config.device in runtime.capabilities.devices
+    assert runtime.peak_device_bytes(reset=True) is None
+
+
 def test_a_trace_accounts_for_positive_times(runtime: Runtime) -> None:
     for sample in runtime.trace([request("r", prompt(6), 4)]):
         assert sample.time_s > 0

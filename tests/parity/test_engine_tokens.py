@@ -12,7 +12,7 @@ from tiny_models import VARIANTS, TinyModel
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
-from hasten.engine.model_runner import ModelRunner
+from hasten.engine.runners import make_runner
 from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
@@ -30,13 +30,22 @@ GetModel = Callable[[str], TinyModel]
 Tokens = dict[tuple[str, int], list[int | None]]
 
 
+HAS_GPU = torch.cuda.is_available()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU"))]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def get_decoder(tiny_model: GetModel) -> Callable[[str], Decoder]:
+def get_decoder(tiny_model: GetModel, device: str) -> Callable[[str], Decoder]:
     loaded: dict[str, Decoder] = {}
 
     def get(variant: str) -> Decoder:
         if variant not in loaded:
-            loaded[variant] = load_decoder(tiny_model(variant).path, "fp32", "cpu")
+            loaded[variant] = load_decoder(tiny_model(variant).path, "fp32", device)
         return loaded[variant]
 
     return get
@@ -69,11 +78,11 @@ def make_engine(decoder: Decoder, **limits: object) -> Engine:
         shape.num_kv_heads,
         shape.head_dim,
         decoder.dtype,
-        "cpu",
+        decoder.device,
     )
     for tensor in (*kv_cache.keys, *kv_cache.values):
         tensor.fill_(torch.nan)  # a slot that was never written must never count
-    return Engine(ModelRunner(decoder, kv_cache), config, vocab_size=shape.vocab_size, eos_token_ids=(2,))
+    return Engine(make_runner(decoder, kv_cache, config), config, vocab_size=shape.vocab_size, eos_token_ids=(2,))
 
 
 def run(engine: Engine, requests: Iterable[Request]) -> Tokens:
@@ -199,6 +208,6 @@ def test_prompt_logits_in_chunks_are_those_of_transformers(
 ) -> None:
     engine = make_engine(get_decoder("mistral-window"))
     prompt = PROMPTS["r3"]
-    logits = torch.cat(list(engine.prompt_logits(prompt, chunk_tokens=7)))
+    logits = torch.cat(list(engine.prompt_logits(prompt, chunk_tokens=7))).cpu()
     torch.testing.assert_close(logits, tiny_model("mistral-window").logits(prompt), atol=1e-4, rtol=1e-4)
     assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks

@@ -49,7 +49,7 @@ def test_value_of_another_type_is_refused(key: str, value: object) -> None:
 
 def test_schemes_are_found_by_name() -> None:
     assert all(scheme_named(name).name == name for name in SCHEMES)
-    assert [name for name, scheme in SCHEMES.items() if scheme.is_quantized] == ["w8a16", "w4a16"]
+    assert [name for name, scheme in SCHEMES.items() if scheme.is_quantized] == ["w8a16", "w4a16", "fp8"]
     with pytest.raises(UsageError, match=r"unknown scheme 'w8a61': did you mean w8a16\? allowed: fp32, bf16"):
         scheme_named("w8a61")
 

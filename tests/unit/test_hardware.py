@@ -142,6 +142,25 @@ def test_gpus_are_read_from_the_drivers_tool(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+@pytest.mark.parametrize(("visible", "asked"), [(None, None), ("", None), ("-1", None), ("1,0", "--id=1,0")])
+def test_gpus_that_are_hidden_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str | None
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def answer(command: tuple[str, ...], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout="a GPU, 1024, 9.0, 580\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = hardware.probe(with_bandwidth=False).gpus
+    assert len(found) == (0 if visible in ("", "-1") else 1)
+    assert [command[-1] for command in commands if command[-1].startswith("--id")] == ([asked] if asked else [])
+
+
 @pytest.mark.parametrize(
     "failure",
     [FileNotFoundError(), subprocess.CalledProcessError(9, "nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 20)],

@@ -64,7 +64,9 @@ class Environment:
     """The machine and the versions behind a result.
 
     Args:
-        read_bandwidth_bytes_per_s: measured, all threads, see hardware.measure_read_bandwidth.
+        gpus: those that the process may use, the one that it uses first.
+        read_bandwidth_bytes_per_s: measured, of the memory that config.device computes from, see
+            hardware.measure_read_bandwidth and profiling.device_memory.
         versions: distribution name to version, those that the runtime uses.
     """
 
@@ -82,7 +84,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How speed is measured: one value for all candidates of a run."""
+    """How speed is measured: one value for all candidates of a run.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
 
     prompt_tokens: AtLeastOne
     new_tokens: AtLeastOne
@@ -91,6 +97,7 @@ class BenchConfig:
     num_warmup: Count
     num_threads: AtLeastOne
     seed: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,12 @@ class Memory:
     Args:
         loaded_rss_bytes: resident after loading, before the first request.
         peak_rss_bytes: the most that was resident at any time, loading included.
+        peak_device_bytes: the most of the GPU's memory that its tensors took, None on a CPU.
     """
 
     loaded_rss_bytes: Count
     peak_rss_bytes: Count
+    peak_device_bytes: Count | None = None
 
 
 @dataclass(frozen=True)

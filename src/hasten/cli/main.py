@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from hasten.cli import bench, compare, doctor, evaluate, generate, optimize, report, terminal
+from hasten.cli import bench, build, compare, doctor, evaluate, generate, optimize, profiling, report, terminal
 from hasten.errors import HastenError
 
 INTERRUPTED = 130
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (doctor, optimize, generate, evaluate, bench, compare, report):
+for module in (doctor, optimize, build, generate, evaluate, bench, profiling, compare, report):
     module.register(app)
 
 

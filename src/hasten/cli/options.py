@@ -45,18 +45,29 @@ def verb(app: typer.Typer, name: str, arguments: Sequence[str] = ()) -> Callable
     return register
 
 
+def _item_of(hint: Any) -> Any:
+    """The type of the items that a tuple has, or a tuple that may be absent; None for anything else."""
+    for each in (hint, *typing.get_args(hint)):
+        if typing.get_origin(each) is tuple:
+            return typing.get_args(each)[0]
+    return None
+
+
 def _parameter(field: dataclasses.Field[Any], hint: Any, is_argument: bool) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     text = field.metadata["help"]
     default: Any = field.default
     annotation: Any = hint
     metavar = None
-    if typing.get_origin(hint) is tuple and is_argument:
-        annotation = list[typing.get_args(hint)[0]]  # type: ignore[misc]
-    elif typing.get_origin(hint) is tuple:
-        annotation, default = str, ",".join(str(item) for item in default)
+    item = _item_of(hint)
+    if item is not None and is_argument:
+        annotation = list[item]  # type: ignore[valid-type]
+    elif item is not None and default is None:
+        annotation, metavar = str | None, "A,B,..."
+    elif item is not None:
+        annotation, default = str, ",".join(str(each) for each in default)
         metavar = "A,B,..."
-        if typing.get_args(hint)[0] is str and not default:
+        if item is str and not default:
             annotation, default, metavar = list[str], [], "TEXT"  # free text may hold commas: repeat the option
     if is_argument:
         required = inspect.Parameter.empty if field.default in ("", ()) else default
@@ -69,9 +80,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, is_argument: bool) -> i
 
 
 def _from_text(hint: Any, value: Any, name: str) -> Any:
-    if typing.get_origin(hint) is not tuple:
+    item = _item_of(hint)
+    if item is None or value is None:
         return value
-    item = typing.get_args(hint)[0]
     parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     try:
         return tuple(item(part) for part in parts)

@@ -206,6 +206,8 @@ def print_speeds(measured: "BenchResult") -> None:
         table.append([str(speed.concurrency), *(_cell_text(column.cell(row)) for column in columns)])
     print_table(headers, table, title=row.label)
     if measured.memory is not None:
-        result(f"peak memory {measured.memory.peak_rss_bytes / 2**20:.0f} MiB")
+        gpu_bytes = measured.memory.peak_device_bytes
+        on_gpu = "" if gpu_bytes is None else f", {gpu_bytes / 2**20:.0f} MiB of tensors on the GPU"
+        result(f"peak memory {measured.memory.peak_rss_bytes / 2**20:.0f} MiB{on_gpu}")
     if measured.failure is not None:
         result(f"failed: {measured.failure}")

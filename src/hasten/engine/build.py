@@ -7,10 +7,10 @@ Ctrl-C too, leaves nothing behind.
 
 import errno
 import logging
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -18,17 +18,21 @@ import torch
 from safetensors.torch import save_file
 
 from hasten.artifact import ModelRef, inspect
-from hasten.config import Scheme, scheme_named
+from hasten.config import scheme_named
+from hasten.engine.build_profile import Profile, choose_profile
+from hasten.engine.device import Device, find_device
 from hasten.engine.folder import (
     SCHEMA_VERSION,
     EngineManifest,
+    FileEntry,
     file_entry,
     is_engine_folder,
     write_engine_manifest,
 )
+from hasten.engine.tune import OnTune, tune_on_gpu, write_folder_tuning
 from hasten.errors import ResourceError, UsageError
 from hasten.models.config import DecoderConfig
-from hasten.models.weights import EMBEDDING, WeightReader, norm_shapes
+from hasten.models.weights import EMBEDDING, OnRead, WeightReader, norm_shapes
 from hasten.quantization.packing import pack_int4
 from hasten.quantization.rtn import QuantizedWeight
 
@@ -52,8 +56,23 @@ COPIED_FILES = (
 )
 
 
-def build(model: Path, scheme: str, out: Path) -> Path:
+def build(
+    model: Path,
+    scheme: str,
+    out: Path,
+    *,
+    profile: Profile | None = None,
+    device: Device | None = None,
+    on_read: OnRead | None = None,
+    on_tune: OnTune | None = None,
+) -> Path:
     """Converts a model and returns `out`, which must not exist.
+
+    Args:
+        profile: default "latency".
+        device: where weights are quantized and what the folder is tuned for; default a CPU.
+        on_read: told how much of the model is read.
+        on_tune: told how many shapes are tuned, of how many.
 
     Raises:
         ModelError: a model that the native engine cannot run.
@@ -66,12 +85,18 @@ def build(model: Path, scheme: str, out: Path) -> Path:
     if is_engine_folder(Path(model)):
         raise UsageError(f"{model} is an engine folder already: give the model that it was built from")
     source = inspect(model)
-    reader = WeightReader(source, DecoderConfig.from_hf(source.config), target)
+    config = DecoderConfig.from_hf(source.config)
+    device = device or find_device("cpu")
+    profile = profile or choose_profile("latency", config.max_context_tokens)
+    reader = WeightReader(source, config, target, device.kind if target.is_quantized else "cpu", on_read)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(reader, out.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write(partial, source, reader, target)
+        _write(partial, reader)
+        if device.kind == "cuda":
+            write_folder_tuning(partial, tune_on_gpu(config, target, profile.max_num_seqs, on_shape=on_tune))
+        _describe(partial, source, reader, profile, device)
         partial.chmod(0o755)
         partial.rename(out)
     except OSError as error:
@@ -79,6 +104,7 @@ def build(model: Path, scheme: str, out: Path) -> Path:
             raise ResourceError(f"the disk of {out.parent} is full: free some space and build again") from error
         raise
     finally:
+        reader.close()
         shutil.rmtree(partial, ignore_errors=True)
     return out
 
@@ -89,7 +115,7 @@ def engine_bytes(reader: WeightReader) -> int:
     total = 0
     for module, (rows, columns, _) in reader.linears.items():
         if reader.scheme.is_quantized:
-            total += rows * columns * reader.bits(module) // 8 + rows * 2 * (1 + columns // 32)
+            total += rows * columns * reader.bits(module) // 8 + rows * 4 * (1 + columns // 32)
         else:
             total += rows * columns * dense_bytes
     if not reader.config.tied_head:
@@ -110,11 +136,12 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _write(folder: Path, source: ModelRef, reader: WeightReader, scheme: Scheme) -> None:
+def _write(folder: Path, reader: WeightReader) -> None:
     shard: dict[str, torch.Tensor] = {}
     shard_bytes, num_shards = 0, 0
     with torch.inference_mode():
-        for name, tensor in _tensors(reader):
+        for name, on_device in _tensors(reader):
+            tensor = on_device.cpu()
             if shard and shard_bytes + tensor.nbytes > SHARD_BYTES:
                 num_shards += 1
                 save_file(shard, folder / f"weights-{num_shards:05d}.safetensors")
@@ -122,9 +149,14 @@ def _write(folder: Path, source: ModelRef, reader: WeightReader, scheme: Scheme)
             shard[name] = tensor
             shard_bytes += tensor.nbytes
         save_file(shard, folder / f"weights-{num_shards + 1:05d}.safetensors")
+
+
+def _describe(folder: Path, source: ModelRef, reader: WeightReader, profile: Profile, device: Device) -> None:
+    """Copies what the model has beside its weights, and writes the manifest."""
     for name in COPIED_FILES:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
+    scheme = reader.scheme
     overrides = {name: bits for name in reader.linears if (bits := reader.bits(name)) != scheme.weight_bits}
     for name, bits in overrides.items():
         logger.info("%s: %s has %d bits in scheme %s", source.name, name, bits, scheme.name)
@@ -137,11 +169,18 @@ def _write(folder: Path, source: ModelRef, reader: WeightReader, scheme: Scheme)
             architecture=source.architecture,
             scheme=scheme.name,
             overrides=overrides,
-            hardware={"machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability()},
+            profile=profile,
+            hardware=device.hardware,
             versions={name: metadata.version(name) for name in ("hasten", "torch", "safetensors")},
-            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+            files=_file_entries(folder),
         ),
     )
+
+
+def _file_entries(folder: Path) -> dict[str, FileEntry]:
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        return dict(zip((path.name for path in paths), pool.map(file_entry, paths), strict=True))
 
 
 def _tensors(reader: WeightReader) -> Iterator[tuple[str, torch.Tensor]]:

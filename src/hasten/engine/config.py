@@ -24,7 +24,7 @@ class EngineConfig:
             prefilled in chunks of this size, shared with the sequences that decode.
         block_size: tokens of one KV cache block.
         num_blocks: size of the KV cache; None is as many blocks as max_num_seqs sequences of
-            max_model_tokens need, or as fit in half of the free memory.
+            max_model_tokens need, or as fit in the memory that the cache may take.
         enable_prefix_cache: whether a prompt reuses blocks of earlier requests.
         consecutive_blocks: whether a sequence is given blocks that lie one after the other.
     """
@@ -50,7 +50,7 @@ class EngineConfig:
 
 
 def resolve(
-    config: EngineConfig, max_context_tokens: int, kv_bytes_per_token: int, available_bytes: int
+    config: EngineConfig, max_context_tokens: int, kv_bytes_per_token: int, available_bytes: int, share: float = 0.5
 ) -> EngineConfig:
     """The config with every open value filled in.
 
@@ -58,6 +58,7 @@ def resolve(
         max_context_tokens: the model's.
         kv_bytes_per_token: keys and values of one token in all layers.
         available_bytes: free memory of the device, weights already loaded.
+        share: of the free memory, what the cache may take where num_blocks is open.
 
     Raises:
         ResourceError: the cache does not fit; says which limit to lower to what.
@@ -75,21 +76,23 @@ def resolve(
         return config
     blocks_per_seq = -(-config.max_model_tokens // config.block_size)
     wanted = config.max_num_seqs * blocks_per_seq
-    num_blocks = min(wanted, available_bytes // 2 // block_bytes)
+    cache_bytes = int(available_bytes * share)
+    num_blocks = min(wanted, cache_bytes // block_bytes)
     if num_blocks < blocks_per_seq:
         cure = f"lower max_model_tokens to {num_blocks * config.block_size}" if num_blocks else "free some memory"
         raise ResourceError(
             f"the KV cache of one sequence of {config.max_model_tokens} tokens needs "
-            f"{_mib(blocks_per_seq * block_bytes)} and half of the free memory is {_mib(available_bytes // 2)}: "
+            f"{_mib(blocks_per_seq * block_bytes)} and {share:.0%} of the free memory is {_mib(cache_bytes)}: "
             f"{cure}"
         )
     if num_blocks < wanted:
         logger.warning(
-            "the KV cache has room for %d of %d sequences of %d tokens: half of the free memory is %s",
+            "the KV cache has room for %d of %d sequences of %d tokens: %.0f%% of the free memory is %s",
             num_blocks // blocks_per_seq,
             config.max_num_seqs,
             config.max_model_tokens,
-            _mib(available_bytes // 2),
+            share * 100,
+            _mib(cache_bytes),
         )
     return dataclasses.replace(config, num_blocks=num_blocks)
 

@@ -2,6 +2,7 @@
 
     engine.json           what it was made from and how, with size and sha256 of each file
     weights-*.safetensors the weights in their scheme, under compressed-tensors' names
+    tuning.json           the fastest kernels for its shapes, where it was built for a GPU
     config.json, tokenizer files, generation_config.json: as in the source
 
 Writing is `engine.build`. A folder is whole or it is refused: it is written under another
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hasten.engine.build_profile import PROFILES, Profile
 from hasten.errors import ModelError, ModelNotFoundError, WeightsError
 
 MANIFEST_NAME = "engine.json"
@@ -39,7 +41,8 @@ class EngineManifest:
     Args:
         source_revision: artifact.ModelRef.revision of the model that was converted.
         overrides: linear modules that have other bits than the scheme, with their bits.
-        hardware, versions: where and with what the folder was written.
+        profile: the limits that it was built for; a folder without has those of "latency".
+        hardware, versions: where and with what the folder was written; it also loads elsewhere.
         files: every other file of the folder, by name.
     """
 
@@ -49,6 +52,7 @@ class EngineManifest:
     architecture: str
     scheme: str
     overrides: Mapping[str, int]
+    profile: Profile
     hardware: Mapping[str, str]
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
@@ -114,13 +118,22 @@ def _parse(path: Path) -> EngineManifest:
         if version != SCHEMA_VERSION:
             raise ModelError(f"{path} has schema version {version!r:.40}, allowed: {SCHEMA_VERSION}: build it again")
         files = {_file_name(name): FileEntry(**_typed_entry(entry)) for name, entry in values["files"].items()}
-        expected = {field.name for field in fields(EngineManifest)}
-        manifest = EngineManifest(**({name: values[name] for name in expected} | {"files": files}))
+        expected = {field.name for field in fields(EngineManifest)} - {"profile", "files"}
+        profile = _profile(values.get("profile", asdict(PROFILES["latency"])))
+        manifest = EngineManifest(**{name: values[name] for name in expected}, profile=profile, files=files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not an engine's manifest ({error!r:.120}): build the engine again") from error
     if not isinstance(manifest.scheme, str) or not isinstance(manifest.overrides, dict):
         raise ModelError(f"{path} is not an engine's manifest: its scheme or overrides have the wrong type")
     return manifest
+
+
+def _profile(values: Mapping[str, Any]) -> Profile:
+    profile = Profile(**values)
+    limits = (profile.max_num_seqs, profile.max_model_tokens, profile.max_num_batched_tokens)
+    if not all(isinstance(limit, int) and limit >= 1 for limit in limits):
+        raise TypeError(f"the profile's limits are {limits}")
+    return profile
 
 
 def _file_name(name: str) -> str:

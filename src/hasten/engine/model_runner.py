@@ -14,8 +14,8 @@ from hasten.engine.block_manager import BlockTable
 from hasten.engine.sampler import SampledToken, sample
 from hasten.engine.scheduler import Schedule
 from hasten.kernels.kv_cache import KVCache
+from hasten.kernels.phase import phase
 from hasten.models.batch import Batch
-
 
 Collect = Callable[[], list[SampledToken]]
 """Waits for a step; gives a token for each chunk that samples, in their order."""
@@ -30,6 +30,9 @@ class Runner(Protocol):
     """
 
     is_asynchronous: bool
+
+    def prepare(self) -> None:
+        """Does now what the first steps would otherwise have to wait for."""
 
     def launch(self, schedule: Schedule) -> Collect:
         """Starts a step."""
@@ -68,11 +71,16 @@ class ModelRunner:
         self._block_size = kv_cache.block_size
         self._device = device
 
+    def prepare(self) -> None:
+        """See Runner; nothing to do."""
+
     def launch(self, schedule: Schedule) -> Collect:
         """Computes a step."""
-        with torch.inference_mode():
+        is_decode = all(chunk.is_decode for chunk in schedule.chunks)
+        with torch.inference_mode(), phase("decode" if is_decode else "prefill", on_gpu=False):
             logits = self._model.forward(self.build_batch(schedule), self._kv_cache)  # [num_logits, vocab_size]
-            tokens = sample(logits, [chunk.sequence for chunk in schedule.chunks if chunk.samples])
+            with phase("sampling", on_gpu=False):
+                tokens = sample(logits, [chunk.sequence for chunk in schedule.chunks if chunk.samples])
         return lambda: tokens
 
     def build_batch(self, schedule: Schedule) -> Batch:

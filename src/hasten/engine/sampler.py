@@ -33,6 +33,8 @@ from hasten.request import SamplingParams
 # only if their probability does not reach p: sorting is slower than all the rest together.
 _TOP_P_CANDIDATES = 1024
 
+NOT_FINITE = "the model's largest logit is not a finite number: its weights or precision are unfit"
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -54,7 +56,7 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToke
     Args:
         logits: [num_seqs, vocab_size] float32; changed in place.
     """
-    if all(_is_plain(sequence.sampling) for sequence in sequences):
+    if all(is_plain(sequence.sampling) for sequence in sequences):
         best = logits.max(dim=-1)
         return [_chosen(token_id, value) for token_id, value in _rows(best.indices, best.values)]
     for row, sequence in zip(logits, sequences, strict=True):
@@ -133,7 +135,8 @@ def draw(scores: torch.Tensor, uniforms: Items[float]) -> list[int]:
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).tolist()
 
 
-def _is_plain(sampling: SamplingParams) -> bool:
+def is_plain(sampling: SamplingParams) -> bool:
+    """Whether the most probable token is all that is asked for."""
     return (
         sampling.temperature == 0.0
         and sampling.logprobs is None
@@ -170,7 +173,7 @@ def _rows(token_ids: torch.Tensor, values: torch.Tensor) -> Iterable[tuple[int, 
 def _chosen(token_id: int, logit: float) -> SampledToken:
     if math.isfinite(logit):
         return SampledToken(token_id)
-    return SampledToken(token_id, error=f"the model's largest logit is {logit}: its weights or precision are unfit")
+    return SampledToken(token_id, error=NOT_FINITE)
 
 
 def _with_logprobs(token_id: int, logits: torch.Tensor, num_top: int) -> SampledToken:

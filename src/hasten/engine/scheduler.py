@@ -168,7 +168,7 @@ class Scheduler:
         assert arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}"
         assert len(self.running) <= self._config.max_num_seqs
         assert all(not each.table.block_ids and each.num_computed_tokens == 0 for each in self.waiting)
-        slots = [each.slot for each in self.running]
+        slots = [each.slot for each in self.running if each.slot is not None]
         assert sorted(self._free_slots + slots) == list(range(self._config.max_num_seqs)), f"slots {slots}"
         assert all(each.slot is None for each in self.waiting)
 

@@ -61,9 +61,7 @@ class Operators:
         config = self._config
         if not config.qk_norm:
             return None
-        q, k = (
-            interleave_rows(self._reader.norm(f"{prefix}.self_attn.{name}_norm"), config.head_dim) for name in "qk"
-        )
+        q, k = (interleave_rows(self._reader.norm(f"{prefix}.self_attn.{name}_norm"), config.head_dim) for name in "qk")
         weight = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
         return RMSNorm(weight, config.rms_norm_eps, self._reader.dtype)
 

@@ -48,6 +48,7 @@ class Decoder:
     """A loaded model. `dtype` is that of the activations and of the KV cache.
 
     Args:
+        device: where the weights are, as torch names it.
         head: has the final norm inside.
     """
 
@@ -56,12 +57,13 @@ class Decoder:
         *,
         config: DecoderConfig,
         dtype: torch.dtype,
+        device: str,
         embed: Embed,
         layers: tuple[DecoderLayer, ...],
         head: Product,
         attention: Attention,
     ) -> None:
-        self.config, self.dtype, self.attention = config, dtype, attention
+        self.config, self.dtype, self.device, self.attention = config, dtype, device, attention
         self._embed, self._layers, self._head = embed, layers, head
 
     @property
@@ -97,7 +99,7 @@ class Decoder:
             if index == last and logits_indices is not None and logits_indices.shape[0] != hidden.shape[0]:
                 attended, hidden = attended.index_select(0, logits_indices), hidden.index_select(0, logits_indices)
                 if not hidden.shape[0]:  # only the cache was wanted
-                    return torch.empty(0, self.config.vocab_size)
+                    return torch.empty(0, self.config.vocab_size, device=hidden.device)
             hidden = layer.o(attended, hidden)
             hidden = layer.down(layer.gate_up(hidden), hidden)
         return self._head(hidden).float()

@@ -63,6 +63,7 @@ def load_decoder(path: Path, scheme: str, device: str) -> Decoder:
         return Decoder(
             config=config,
             dtype=reader.dtype,
+            device=device,
             embed=operators.embedding(head),
             layers=layers,
             head=head,

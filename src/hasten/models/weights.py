@@ -1,14 +1,15 @@
 """A decoder's weights from safetensors files, single or sharded, checked against its config.
 
 Names and shapes of everything are compared with what the config wants before any weight is
-read. Reading goes module by module through short-lived memory maps, so loading never holds
-much more than the finished model. A folder may hold dense weights, or quantized ones under
-compressed-tensors' names (`weight_packed`, `weight_scale`). Pickled weights are never opened.
+read. Reading goes module by module, on a CPU through short-lived memory maps and into a GPU
+through pinned buffers, so loading never holds much more than the finished model. A folder may
+hold dense weights, or quantized ones under compressed-tensors' names (`weight_packed`,
+`weight_scale`). Pickled weights are never opened.
 """
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from hasten.artifact import ModelRef, TensorInfo
 from hasten.config import SCHEMES, Scheme
 from hasten.errors import UsageError, WeightsError
 from hasten.models.config import DecoderConfig
+from hasten.models.staging import FilePart, FileStager
 from hasten.quantization.packing import PER_WORD, unpack_int4
-from hasten.quantization.rtn import QuantizedWeight, group_size_for, quantize, weight_bits
+from hasten.quantization.rtn import QuantizedWeight, group_size_for, quantize, quantize_fp8, weight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,21 @@ FINAL_NORM = "model.norm"
 HEAD = "lm_head"
 
 DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""The dtypes that a decoder's tensors may have, by safetensors' names."""
+
+OnRead = Callable[[int, int], object]
+"""Told how far reading is: bytes read, bytes of all tensors."""
 
 MAX_SHOWN = 3
 """Tensors named in one message; more are counted."""
@@ -78,15 +95,26 @@ def norm_shapes(config: DecoderConfig) -> dict[str, int]:
 
 
 class WeightReader:
-    """Reads a model's modules in one precision.
+    """Reads a model's modules in one precision, onto one device.
+
+    Args:
+        on_read: called after each tensor.
 
     Raises (when constructed):
         WeightsError: a tensor is missing, has another shape than the config wants, or another kind.
         UsageError: the folder holds quantized weights of another scheme.
     """
 
-    def __init__(self, model: ModelRef, config: DecoderConfig, scheme: Scheme) -> None:
+    def __init__(
+        self,
+        model: ModelRef,
+        config: DecoderConfig,
+        scheme: Scheme,
+        device: torch.device | str = "cpu",
+        on_read: OnRead | None = None,
+    ) -> None:
         self.model, self.config, self.scheme = model, config, scheme
+        self.device = torch.device(device)
         self.dtype = getattr(torch, scheme.activation)
         self.is_quantized = any(name.endswith(".weight_scale") for name in model.tensors)
         self.linears = linear_shapes(config)
@@ -96,6 +124,10 @@ class WeightReader:
         _check_present(model, expected)
         _check_shapes(model, expected)
         _check_unexpected(model, expected, self.linears, config)
+        self._on_read = on_read
+        self._num_read = 0
+        self._num_bytes = sum(model.tensors[name].num_bytes for name in expected)
+        self._stager: FileStager | None = None
 
     @property
     def shares_embedding(self) -> bool:
@@ -111,34 +143,117 @@ class WeightReader:
         bias = self.tensor(f"{module}.bias").to(self.dtype) if self.linears[module][2] else None
         if self.is_quantized:
             return LinearWeight(self._stored(module), bias)
-        name = f"{EMBEDDING if module == HEAD and self.config.tied_head else module}.weight"
-        weight = self.tensor(name)
+        weight = self.tensor(self._weight_name(module))
+        if self.scheme.is_fp8:
+            return LinearWeight(quantize_fp8(weight), bias)
         if self.scheme.is_quantized:
             return LinearWeight(quantize(weight, self.bits(module)), bias)
         return LinearWeight(weight.to(self.dtype), bias)
+
+    def joined(self, modules: Sequence[str]) -> LinearWeight:
+        """The modules' weights one below the other in one matrix, and their biases.
+
+        What a file holds in the precision asked for is read right into its rows. The modules
+        have the same in_features, bits and kind of bias.
+        """
+        if len(modules) == 1:
+            return self.linear(modules[0])
+        has_bias = self.linears[modules[0]][2]
+        bias = torch.cat([self.tensor(f"{module}.bias") for module in modules]).to(self.dtype) if has_bias else None
+        if self.is_quantized and self.bits(modules[0]) == 8:
+            codes = self._read_rows([f"{module}.weight" for module in modules])
+            scale = torch.cat([self.tensor(f"{module}.weight_scale") for module in modules])
+            return LinearWeight(QuantizedWeight(codes, scale.to(self._scale_dtype), 8), bias)
+        names = [self._weight_name(module) for module in modules]
+        if not self.scheme.is_quantized and all(self._file_dtype(name) == self.dtype for name in names):
+            return LinearWeight(self._read_rows(names), bias)
+        parts = [self.linear(module).weight for module in modules]
+        quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+        if not quantized:
+            return LinearWeight(torch.cat([part for part in parts if isinstance(part, torch.Tensor)]), bias)
+        codes, scale = torch.cat([part.codes for part in quantized]), torch.cat([part.scale for part in quantized])
+        return LinearWeight(QuantizedWeight(codes, scale, quantized[0].bits), bias)
 
     def norm(self, module: str) -> torch.Tensor:
         return self.tensor(f"{module}.weight").float()
 
     def embedding(self) -> torch.Tensor:
-        """The embedding table in the file's dtype; it stays in the file, memory-mapped."""
+        """The embedding table in the file's dtype; for a CPU it stays in the file, memory-mapped."""
         return self.tensor(f"{EMBEDDING}.weight")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as the file has it; its memory is the file's map."""
-        path = self.model.path / self.model.tensors[name].file
+        """A tensor in the file's dtype; on a CPU its memory is the file's map."""
+        info = self.model.tensors[name]
+        if self.device.type != "cpu":
+            result = torch.empty(info.shape, dtype=self._file_dtype(name), device=self.device)
+            self._stage([(name, result)])
+            return result
+        path = self.model.path / info.file
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                result = file.get_tensor(name)
         except (OSError, RuntimeError) as error:
             raise WeightsError(f"cannot read tensor {name} from {path}: {error}") from error
+        self._count(name)
+        return result
+
+    def close(self) -> None:
+        """Frees the buffers that reading took; the reader may be used again."""
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.scheme.is_fp8 else torch.bfloat16
+
+    def _weight_name(self, module: str) -> str:
+        return f"{EMBEDDING if module == HEAD and self.config.tied_head else module}.weight"
+
+    def _file_dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self.model.tensors[name].dtype]
 
     def _stored(self, module: str) -> QuantizedWeight:
-        scale = self.tensor(f"{module}.weight_scale").to(torch.bfloat16)
+        scale = self.tensor(f"{module}.weight_scale").to(self._scale_dtype)
         if self.bits(module) == 8:
-            return QuantizedWeight(self.tensor(f"{module}.weight").clone(), scale, 8)
+            codes = self.tensor(f"{module}.weight")
+            return QuantizedWeight(codes.clone() if self.device.type == "cpu" else codes, scale, 8)
         packed = self.tensor(f"{module}.weight_packed")
         return QuantizedWeight(unpack_int4(packed, self.linears[module][1]), scale, 4)
+
+    def _read_rows(self, names: Sequence[str]) -> torch.Tensor:
+        """Matrices of the same dtype and width, read into one."""
+        shapes = [self.model.tensors[name].shape for name in names]
+        num_rows = [shape[0] for shape in shapes]
+        whole = torch.empty(sum(num_rows), shapes[0][1], dtype=self._file_dtype(names[0]), device=self.device)
+        targets = list(zip(names, whole.split(num_rows), strict=True))
+        if self.device.type != "cpu":
+            self._stage(targets)
+            return whole
+        for name, rows in targets:
+            rows.copy_(self.tensor(name))
+        return whole
+
+    def _stage(self, targets: Sequence[tuple[str, torch.Tensor]]) -> None:
+        if self._stager is None:
+            self._stager = FileStager(self.device)
+        infos = [self.model.tensors[name] for name, _ in targets]
+        parts = [
+            FilePart(self.model.path / info.file, info.offset, target)
+            for info, (_, target) in zip(infos, targets, strict=True)
+        ]
+        try:
+            self._stager.read(parts)
+        except OSError as error:
+            names = ", ".join(name for name, _ in targets)
+            raise WeightsError(f"cannot read tensor {names} from {parts[0].path}: {error}") from error
+        for name, _ in targets:
+            self._count(name)
+
+    def _count(self, name: str) -> None:
+        if self._on_read is not None:
+            self._num_read = min(self._num_read + self.model.tensors[name].num_bytes, self._num_bytes)
+            self._on_read(self._num_read, self._num_bytes)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """Every tensor that must be there, with its shape and the dtypes that it may have."""
@@ -150,7 +265,7 @@ class WeightReader:
                 if not (module == HEAD and self.config.tied_head):
                     expected[f"{module}.weight"] = ((rows, columns), DENSE_DTYPES)
             elif self.bits(module) == 8:
-                expected[f"{module}.weight"] = ((rows, columns), ("I8",))
+                expected[f"{module}.weight"] = ((rows, columns), ("F8_E4M3" if self.scheme.is_fp8 else "I8",))
                 expected[f"{module}.weight_scale"] = ((rows, 1), DENSE_DTYPES)
             else:
                 groups = columns // (group_size_for(columns) or columns)
@@ -178,7 +293,9 @@ def stored_scheme(tensors: Mapping[str, TensorInfo]) -> str | None:
     """The scheme of quantized weights, None for dense ones."""
     if any(name.endswith(".weight_packed") for name in tensors):
         return "w4a16"
-    return "w8a16" if any(name.endswith(".weight_scale") for name in tensors) else None
+    if not any(name.endswith(".weight_scale") for name in tensors):
+        return None
+    return "fp8" if any(tensor.dtype == "F8_E4M3" for tensor in tensors.values()) else "w8a16"
 
 
 def _check_scheme(model: ModelRef, scheme: Scheme) -> None:

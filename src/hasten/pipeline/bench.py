@@ -9,10 +9,10 @@ from hasten.artifact import inspect
 from hasten.bench.offline import Progress as Measuring
 from hasten.bench.offline import measure
 from hasten.bench.result import BenchResult, Footprint, Memory
-from hasten.hardware import probe
 from hasten.models.config import DecoderConfig
 from hasten.pipeline.config import OfflineConfig
 from hasten.pipeline.describe import bench_arguments, blank_result, folder_bytes
+from hasten.pipeline.device import probe_for, resolve_device
 from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
 from hasten.pipeline.progress import OnProgress, Schedule, silent
 from hasten.pipeline.target import prepared, resolve_target
@@ -33,12 +33,12 @@ def bench_offline(config: OfflineConfig, on_progress: OnProgress = silent) -> Be
     source = inspect(target.source)
     max_context_tokens = DecoderConfig.from_hf(source.config).max_context_tokens
     check_length(config, max_context_tokens)
-    bench = bench_config(config, config.runs)
+    bench = bench_config(config, config.runs, resolve_device(config.device, target.candidate.runtime))
     schedule = Schedule(on_progress)
     schedule.expect("speed", EXPECTED_S)
     with tempfile.TemporaryDirectory(prefix="hasten-bench-") as folder:
         arguments = bench_arguments(config.model, target.candidate, bench)
-        result = blank_result(target.candidate, source, probe(), bench, arguments)
+        result = blank_result(target.candidate, source, probe_for(bench.device), bench, arguments)
         start_s = time.perf_counter()
         schedule.show("prepare", f"{target.candidate.name}, converting and loading the model")
         artifact = prepared(target, Path(folder) / "artifact")
@@ -67,4 +67,8 @@ def bench_offline(config: OfflineConfig, on_progress: OnProgress = silent) -> Be
 
 def _memory(process: RuntimeProcess, loaded_rss_bytes: int, failure: str | None) -> Memory | None:
     """None after a failure: the process may be gone."""
-    return None if failure is not None else Memory(loaded_rss_bytes, process.usage().peak_rss_bytes)
+    return (
+        None
+        if failure is not None
+        else Memory(loaded_rss_bytes, process.usage().peak_rss_bytes, process.peak_device_bytes())
+    )

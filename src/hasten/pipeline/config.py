@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hasten.bench.pick import Gate, Target
-from hasten.config import SCHEMES, nearest, option
+from hasten.config import Device, option, scheme_named
 from hasten.errors import UsageError
 from hasten.request import SamplingParams
 
 DEFAULT_RUNTIMES = ("transformers", "native", "onnxruntime")
-DEFAULT_SCHEMES = ("fp32", "bf16", "w8a16", "w4a16")
+DEVICE_HELP = "cpu or cuda; auto is the GPU where there is one"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BenchOptions:
     warmup: int = option(2, "runs before them that do not count")
     threads: int | None = option(None, "CPU threads; default one for each core")
     seed: int = option(0, "draws the prompts")
+    device: Device = option("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if not self.concurrency:
@@ -62,7 +63,7 @@ class OptimizeConfig(BenchOptions):
     )
     max_kl: float = option(Gate.max_kl, "largest mean KL divergence from the baseline, nats a token")
     runtimes: tuple[str, ...] = option(DEFAULT_RUNTIMES, "runtimes to try, comma-separated")
-    schemes: tuple[str, ...] = option(DEFAULT_SCHEMES, "precisions to try, comma-separated")
+    schemes: tuple[str, ...] | None = option(None, "precisions to try, comma-separated; default those for the device")
     time_budget: float | None = option(None, "seconds for measuring speed; fewer runs where it is too short")
     price_per_hour: float | None = option(None, "price of one such machine for an hour, for the savings")
     load: float | None = option(None, "output tokens a second that you must serve, for the savings")
@@ -71,12 +72,10 @@ class OptimizeConfig(BenchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.runtimes or not self.schemes:
+        if not self.runtimes or self.schemes == ():
             raise UsageError("--runtimes and --schemes need at least one name each")
-        for scheme in self.schemes:
-            if scheme not in DEFAULT_SCHEMES:
-                known = "is not for a CPU" if scheme in SCHEMES else "is unknown"
-                raise UsageError(f"scheme {scheme!r} {known}: {nearest(scheme, DEFAULT_SCHEMES)}")
+        for scheme in self.schemes or ():
+            scheme_named(scheme)
         for flag, value in (
             ("--max-perplexity-increase", self.max_perplexity_increase),
             ("--max-kl", self.max_kl),
@@ -113,6 +112,7 @@ class EvalConfig:
     max_perplexity_increase: float | None = option(None, "exit with 4 if perplexity rises by more; 0.02 is two percent")
     max_kl: float | None = option(None, "exit with 4 if the mean KL divergence is larger, nats a token")
     threads: int | None = option(None, "CPU threads; default one for each core")
+    device: Device = option("auto", DEVICE_HELP)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,53 @@ class GenerateConfig(SamplingParams):
     runtime: str | None = option(None, "runtime; default native, or a run folder's winner")
     scheme: str | None = option(None, "precision; default that of the engine or run folder, else bf16")
     threads: int | None = option(None, "CPU threads; default one for each core")
+    device: Device = option("auto", DEVICE_HELP)
 
     @property
     def sampling(self) -> SamplingParams:
         return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(SamplingParams)})
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What `build` makes: an engine folder of the native runtime."""
+
+    model: str = option("", "a Hugging Face model folder or hub id")
+    scheme: str = option("bf16", "precision of the weights")
+    profile: str = option("latency", "limits of the engine: latency or throughput")
+    device: str | None = option(None, "cpu or cuda; default the GPU if there is one")
+    max_num_seqs: int | None = option(None, "most requests that run at the same time; default the profile's")
+    max_model_tokens: int | None = option(None, "most tokens of one request, prompt and output; default the profile's")
+    output: Path | None = option(None, "engine folder; default MODEL-SCHEME", flags=("-o", "--output"))
+    dry_run: bool = option(False, "print the memory plan and stop")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What `profile` looks at: one request's decode steps in each runtime.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    model: str = option("", "a Hugging Face model folder, a hub id, an engine folder or a run folder")
+    runtimes: tuple[str, ...] = option(("transformers", "native"), "runtimes to put side by side, comma-separated")
+    scheme: str | None = option(
+        None, "precision; the baseline has the nearest that it runs; default bf16 or the folder's"
+    )
+    device: Device = option("auto", DEVICE_HELP)
+    prompt_tokens: int = option(128, "tokens of the prompt")
+    steps: int = option(32, "decode steps to trace")
+    threads: int | None = option(None, "CPU threads; default one for each core")
+    nsys: bool = option(False, "also record each runtime with Nsight Systems, which must be installed")
+    output: Path | None = option(None, "folder for the traces; default profiles/MODEL", flags=("-o", "--output"))
+
+    def __post_init__(self) -> None:
+        if not self.runtimes:
+            raise UsageError("--runtimes needs at least one name")
+        for flag, value in (("--prompt-tokens", self.prompt_tokens), ("--steps", self.steps)):
+            if value < 2:
+                raise UsageError(f"{flag} must be at least 2, got {value}")
 
 
 @dataclass(frozen=True)

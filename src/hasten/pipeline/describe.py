@@ -50,7 +50,7 @@ def blank_result(
 
 def describe_environment(hardware: Hardware, runtime: str) -> Environment:
     """The machine and the versions behind a runtime's result."""
-    versions = {name: metadata.version(name) for name in DISTRIBUTIONS[runtime]}
+    versions = {name: metadata.version(name) for name in DISTRIBUTIONS.get(runtime, ())}
     return Environment(
         hostname_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
         cpu=hardware.cpu,
@@ -73,6 +73,7 @@ def bench_arguments(model: str, candidate: Candidate, bench: BenchConfig) -> lis
         *("--prompt-tokens", str(bench.prompt_tokens), "--new-tokens", str(bench.new_tokens)),
         *("--runs", str(bench.num_runs), "--warmup", str(bench.num_warmup)),
         *("--threads", str(bench.num_threads), "--seed", str(bench.seed)),
+        *("--device", bench.device),
     ]
 
 

@@ -8,8 +8,9 @@ from hasten.hardware import Hardware, probe
 from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
 from hasten.pipeline.config import OptimizeConfig
+from hasten.pipeline.device import resolve_device
 from hasten.pipeline.doctor import GIB, Check, check_machine
-from hasten.pipeline.plan import PlannedCandidate, make_plan
+from hasten.pipeline.plan import PlannedCandidate, device_memory_bytes, make_plan
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,22 +27,22 @@ def diagnose(model: str | None, folder: Path) -> tuple[Check, ...]:
     found = None if model is None else inspect(resolve_model(model))
     hardware = probe()
     checks = check_machine(hardware, folder)
-    return checks if found is None else (*checks, *check_model(found, hardware))
+    return checks if found is None else (*checks, *check_model(found, hardware, resolve_device("auto")))
 
 
-def check_model(model: ModelRef, hardware: Hardware) -> tuple[Check, ...]:
-    """Looks at a model that `inspect` has found whole."""
+def check_model(model: ModelRef, hardware: Hardware, device: str = "cpu") -> tuple[Check, ...]:
+    """Looks at a model that `inspect` has found whole, and at what of it fits the device."""
     weights = (
         f"{model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.weight_bytes / GIB:.2f} GiB on disk"
     )
     checks = [Check("weights", "ok", weights), _tokenizer(model)]
     try:
         decoder = DecoderConfig.from_hf(model.config)
-        plan = make_plan(OptimizeConfig(model=str(model.path)), model, hardware)
+        plan = make_plan(OptimizeConfig(model=str(model.path)), model, hardware, device)
     except HastenError as error:
         return (*checks, Check("model", "problem", str(error), "choose a model that is supported"))
     checks.append(Check("model", "ok", f"{model.architecture}, up to {decoder.max_context_tokens:,} tokens"))
-    return (*checks, *(_fits(cost, hardware) for cost in plan.candidates))
+    return (*checks, *(_fits(cost, hardware, device) for cost in plan.candidates))
 
 
 def _tokenizer(model: ModelRef) -> Check:
@@ -52,10 +53,13 @@ def _tokenizer(model: ModelRef) -> Check:
     return Check("tokenizer", "ok", found[0])
 
 
-def _fits(cost: PlannedCandidate, hardware: Hardware) -> Check:
-    need_bytes = max(cost.memory_bytes, cost.prepare_bytes)
-    available_bytes = hardware.available_memory_bytes
-    detail = f"needs about {need_bytes / GIB:.1f} GiB of memory, {available_bytes / GIB:.1f} GiB are available"
+def _fits(cost: PlannedCandidate, hardware: Hardware, device: str) -> Check:
+    if device == "cpu":
+        what, need_bytes = "memory", max(cost.memory_bytes, cost.prepare_bytes)
+    else:
+        what, need_bytes = "GPU memory", cost.memory_bytes
+    available_bytes = device_memory_bytes(hardware, device)
+    detail = f"needs about {need_bytes / GIB:.1f} GiB of {what}, {available_bytes / GIB:.1f} GiB are available"
     if need_bytes > available_bytes:
         return Check(cost.candidate.name, "warning", detail, "leave it out with --schemes or --runtimes")
     return Check(cost.candidate.name, "ok", detail)

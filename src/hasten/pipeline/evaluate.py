@@ -10,6 +10,7 @@ from hasten.hardware import count_cpus
 from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
 from hasten.pipeline.config import EvalConfig
+from hasten.pipeline.device import resolve_device
 from hasten.pipeline.measuring import launch, make_yardstick
 from hasten.pipeline.plan import BASELINE_RUNTIME
 from hasten.pipeline.progress import OnProgress, Schedule, silent
@@ -27,7 +28,8 @@ def evaluate_model(config: EvalConfig, on_progress: OnProgress = silent) -> tupl
     """
     model = inspect(resolve_model(config.model))
     max_context_tokens = DecoderConfig.from_hf(model.config).max_context_tokens
-    bench = BenchConfig(**ONE_REQUEST, num_threads=config.threads or count_cpus())  # type: ignore[arg-type]
+    device = resolve_device(config.device, config.runtime)
+    bench = BenchConfig(**ONE_REQUEST, num_threads=config.threads or count_cpus(), device=device)  # type: ignore[arg-type]
     material = make_yardstick(model, bench, max_context_tokens).material
     baseline = Candidate(BASELINE_RUNTIME, config.baseline)
     candidate = Candidate(config.runtime, config.scheme)

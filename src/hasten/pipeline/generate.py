@@ -9,6 +9,7 @@ from typing import Any
 from hasten.errors import RequestError, TokenizerError, UsageError
 from hasten.hardware import count_cpus
 from hasten.pipeline.config import GenerateConfig
+from hasten.pipeline.device import resolve_device
 from hasten.pipeline.target import prepared, resolve_target
 from hasten.request import Completion, Request
 from hasten.runtimes.base import RuntimeConfig
@@ -31,6 +32,7 @@ def generate(config: GenerateConfig, on_text: OnText = lambda index, piece: None
     """
     prompts = read_prompts(config)
     target = resolve_target(config.model, config.runtime, config.scheme)
+    device = resolve_device(config.device, target.candidate.runtime)
     tokenizer = load_tokenizer(target.source)
     requests = [
         Request(str(index), _token_ids(prompt, config, tokenizer), config.sampling)
@@ -48,6 +50,7 @@ def generate(config: GenerateConfig, on_text: OnText = lambda index, piece: None
             max_num_seqs=min(len(requests) * config.n, MAX_NUM_SEQS),
             max_model_tokens=max(len(request.prompt_token_ids) for request in requests) + config.max_tokens,
             num_threads=config.threads or count_cpus(),
+            device=device,
         )
         runtime = load_runtime(target.candidate.runtime, runtime_config)
         try:

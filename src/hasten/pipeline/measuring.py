@@ -66,6 +66,7 @@ def launch(
         max_num_seqs=max(bench.concurrency),
         max_model_tokens=model_tokens(bench, max_context_tokens),
         num_threads=bench.num_threads,
+        device=bench.device,
     )
     return RuntimeProcess(candidate.runtime, config, log_path)
 
@@ -80,8 +81,8 @@ def check_length(options: BenchOptions, max_context_tokens: int) -> None:
         )
 
 
-def bench_config(options: BenchOptions, num_runs: int) -> BenchConfig:
-    """The options as every result records them, with the number of threads filled in."""
+def bench_config(options: BenchOptions, num_runs: int, device: str) -> BenchConfig:
+    """The options as every result records them, with the number of threads and the device filled in."""
     return BenchConfig(
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
@@ -90,4 +91,5 @@ def bench_config(options: BenchOptions, num_runs: int) -> BenchConfig:
         num_warmup=options.warmup,
         num_threads=options.threads or count_cpus(),
         seed=options.seed,
+        device=device,
     )

@@ -18,22 +18,24 @@ from hasten.artifact import ModelRef, inspect
 from hasten.bench.offline import Progress as Measuring
 from hasten.bench.offline import measure
 from hasten.bench.pick import Decision, decide
-from hasten.bench.result import BenchConfig, BenchResult, Footprint, Memory
+from hasten.bench.result import BenchConfig, BenchResult, Footprint, Memory, ProfileResult
 from hasten.bench.workload import PlannedRun
 from hasten.errors import HastenError, RuntimeFailedError
 from hasten.evaluate.quality import Reference, evaluate, evaluate_baseline
-from hasten.hardware import Hardware, free_disk_bytes, probe
+from hasten.hardware import Hardware, free_disk_bytes
 from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
 from hasten.models.weights import check_weights
 from hasten.pipeline.config import OptimizeConfig
 from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
+from hasten.pipeline.device import probe_for, resolve_device
 from hasten.pipeline.doctor import Check, check_conditions
 from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
 from hasten.pipeline.plan import BASELINE_RUNTIME, Plan, PlannedCandidate, check_resources, default_output, make_plan
 from hasten.pipeline.progress import OnProgress, Schedule, silent
 from hasten.pipeline.run_folder import RunFolder, open_run_folder, read_winner
 from hasten.profiling.decode import profile_decode
+from hasten.profiling.gpu_decode import profile_gpu_decode
 from hasten.report.savings import Prices
 from hasten.report.write import write_report
 from hasten.runtimes.process import RuntimeProcess
@@ -87,11 +89,12 @@ def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
     check_weights(model, decoder)
     max_context_tokens = decoder.max_context_tokens
     check_length(config, max_context_tokens)
-    hardware = probe()
+    device = resolve_device(config.device)
+    hardware = probe_for(device)
     run_path = config.output or default_output(model.name)
-    plan = make_plan(config, model, hardware)
-    check_resources(plan, hardware, free_disk_bytes(run_path))
-    bench = bench_config(config, plan.num_rounds)
+    plan = make_plan(config, model, hardware, device)
+    check_resources(plan, hardware, free_disk_bytes(run_path), device)
+    bench = bench_config(config, plan.num_rounds, device)
     checks = check_conditions(hardware, run_path)
     return PreparedPlan(config, checks, model, max_context_tokens, hardware, bench, plan, run_path)
 
@@ -288,6 +291,7 @@ class _Optimization:
     def _measure_speed(self, index: int, processes: Mapping[str, RuntimeProcess]) -> None:
         for process in processes.values():
             process.reset_peak()  # scoring whole windows takes memory that serving does not
+            process.peak_device_bytes(reset=True)
         kind = f"speed {index}"
 
         def show(measuring: Measuring) -> None:
@@ -313,15 +317,27 @@ class _Optimization:
         memory = self._results[name].memory
         assert memory is not None, "noted when it was loaded"
         peak_bytes = max(memory.peak_rss_bytes, process.usage().peak_rss_bytes)
-        self._update(name, memory=dataclasses.replace(memory, peak_rss_bytes=peak_bytes))
+        self._update(
+            name,
+            memory=dataclasses.replace(
+                memory, peak_rss_bytes=peak_bytes, peak_device_bytes=process.peak_device_bytes()
+            ),
+        )
 
     def _profile(self, name: str, process: RuntimeProcess) -> None:
         if self._results[name].profile is None:
-            bandwidth = self._prepared.hardware.read_bandwidth_bytes_per_s
             with self._schedule.step("profile", f"{name}, operators of a decode step", f"profile {name}"):
-                profile = profile_decode(process, self._yardstick.material.prompts[0], bandwidth)
+                profile = self._profile_decode(name, process)
             missing = {} if profile is not None else {"profile": "this runtime does not tell its operators' times"}
             self._update(name, profile=profile, missing=self._results[name].missing | missing)
+
+    def _profile_decode(self, name: str, process: RuntimeProcess) -> ProfileResult | None:
+        prompt = self._yardstick.material.prompts[0]
+        bandwidth = self._prepared.hardware.read_bandwidth_bytes_per_s
+        if self._prepared.bench.device == "cpu":
+            return profile_decode(process, prompt, bandwidth)
+        decode = profile_gpu_decode(process, prompt, self._run.scratch_path / f"{name}.trace.json.gz")
+        return None if decode is None else decode.result(process.weight_bytes_per_token, bandwidth)
 
     def _keep_winner(self, decision: Decision) -> None:
         """Moves the winner to engine/ and removes what the other candidates were converted to."""
@@ -338,7 +354,8 @@ def _open(prepared: PreparedPlan) -> RunFolder:
     """The run folder, new or resumed; what must be equal for samples to belong together is its identity."""
     bench = dataclasses.asdict(prepared.bench)
     del bench["num_runs"], bench["num_warmup"]  # more or fewer of the same kind
-    identity = {"model": prepared.model.revision, "cpu": prepared.hardware.cpu, **bench}
+    machine = {"cpu": prepared.hardware.cpu, "gpus": [gpu.name for gpu in prepared.hardware.gpus]}
+    identity = {"model": prepared.model.revision, **machine, **bench}
     details = {
         "gate": dataclasses.asdict(prepared.config.gate),
         "config": dataclasses.asdict(prepared.config),

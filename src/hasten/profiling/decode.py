@@ -10,40 +10,43 @@ longer than the step, they are scaled down to it; what lies between them is then
 seen, and the profile shows it as zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hasten.bench.result import OperatorTime, ProfileResult
 from hasten.errors import RuntimeFailedError
 from hasten.profiling.operators import LINEAR, OUTSIDE, group_times
 from hasten.profiling.roofline import achieved_bytes_per_s, max_tokens_per_s
-from hasten.request import Request, SamplingParams
+from hasten.request import Request, SamplingParams, TokenEvent
 from hasten.runtimes.process import RuntimeProcess
 
 SHORT_TOKENS = 2
-LONG_TOKENS = 18
+NUM_STEPS = 16
 NUM_TIMED = 3
 NUM_TRACES = 2
 
 
 def profile_decode(
-    process: RuntimeProcess, prompt_token_ids: Sequence[int], bandwidth_bytes_per_s: float | None
+    process: RuntimeProcess,
+    prompt_token_ids: Sequence[int],
+    bandwidth_bytes_per_s: float | None,
+    num_steps: int = NUM_STEPS,
 ) -> ProfileResult | None:
     """None where the runtime does not tell its operators' times.
 
     Args:
-        prompt_token_ids: with LONG_TOKENS more it must fit the runtime's context.
+        prompt_token_ids: with num_steps and SHORT_TOKENS more it must fit the runtime's context.
         bandwidth_bytes_per_s: measured read bandwidth, None where it is not known.
 
     Raises:
         RuntimeFailedError: the process failed or gave fewer tokens than asked for.
     """
-    short, long = (_request(prompt_token_ids, num_tokens) for num_tokens in (SHORT_TOKENS, LONG_TOKENS))
+    short = decode_request(prompt_token_ids, SHORT_TOKENS)
+    long = decode_request(prompt_token_ids, SHORT_TOKENS + num_steps)
     # from here on the prompt is in the prefix cache, if there is one
     if not process.trace([short]):
         return None
-    step_s = min(_step_s(process, long) for _ in range(NUM_TIMED))
-    num_steps = LONG_TOKENS - SHORT_TOKENS
+    step_s = min(measure_step_s(process, long) for _ in range(NUM_TIMED))
     traces = [group_times(process.trace([short]), process.trace([long]), num_steps) for _ in range(NUM_TRACES)]
     operators = min(traces, key=lambda trace: sum(each.time_s for each in trace))
     scaled = scale_to_step(operators, step_s)
@@ -73,7 +76,7 @@ def describe_bottleneck(
     """
     largest = operators[0]
     what = "work outside operators (Python, the runtime itself)" if largest.group == OUTSIDE else largest.group
-    sentence = f"{what} takes {largest.time_s / step_s:.0%} of a step ({_ms(largest.time_s)} of {_ms(step_s)})"
+    sentence = f"{what} takes {largest.time_s / step_s:.0%} of a step ({ms(largest.time_s)} of {ms(step_s)})"
     linear_s = next((each.time_s for each in operators if each.group == LINEAR), 0.0)
     if not weight_bytes_per_token or linear_s <= 0:
         return sentence
@@ -90,18 +93,25 @@ def describe_bottleneck(
     )
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _request(prompt_token_ids: Sequence[int], num_tokens: int) -> Request:
+def decode_request(prompt_token_ids: Sequence[int], num_tokens: int) -> Request:
+    """A greedy request for exactly so many tokens."""
     sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     return Request(f"profile-{num_tokens}", tuple(prompt_token_ids), sampling)
 
 
-def _step_s(process: RuntimeProcess, request: Request) -> float:
-    """Time per output token of one request."""
-    times = [event.time_s for event in process.generate([request]) if event.token_id is not None]
+def measure_step_s(
+    process: RuntimeProcess, request: Request, on_event: Callable[[TokenEvent], object] | None = None
+) -> float:
+    """Time per output token of one request, its first token not counted.
+
+    Raises:
+        RuntimeFailedError: it gave fewer tokens than asked for, or all at once.
+    """
+    times = [event.time_s for event in process.generate([request], on_event) if event.token_id is not None]
     if len(times) != request.sampling.max_tokens:
         raise RuntimeFailedError(f"profiling got {len(times)} tokens, {request.sampling.max_tokens} were asked for")
     if times[-1] <= times[0]:

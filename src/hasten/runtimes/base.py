@@ -15,6 +15,9 @@ import numpy as np
 
 from hasten.request import Request, TokenEvent
 
+# how a recorded trace names the range of a module's call, before the module's own name
+MODULE_PREFIX = "module "
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -27,6 +30,7 @@ class Capabilities:
             handed over together run as one padded batch.
         cancels: whether `cancel` ends a running request early.
         loads_source: whether it loads a Hugging Face folder as it is; if not, `prepare` first.
+        devices: where it computes, "cpu" and "cuda".
     """
 
     schemes: tuple[str, ...]
@@ -34,6 +38,7 @@ class Capabilities:
     in_flight: bool
     cancels: bool
     loads_source: bool
+    devices: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class RuntimeConfig:
         max_num_seqs: most requests that run at the same time.
         max_model_tokens: most tokens, prompt and output together, of one request.
         num_threads: CPU threads for operators; None leaves the library its default.
-        device: as torch names it.
+        device: one of its capabilities' devices.
     """
 
     model: Path
@@ -115,6 +120,21 @@ class Runtime(ABC):
     def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
         """Runs requests under the library's profiler; () where it has none that tells."""
         return ()
+
+    def record(self, requests: Sequence[Request], path: Path) -> bool:
+        """Runs requests and writes a Chrome trace of them to `path`; False where the library makes none.
+
+        Ranges named "prefill", "decode" and "sampling" mark the phases of each step.
+        """
+        return False
+
+    def peak_device_bytes(self, *, reset: bool = False) -> int | None:
+        """Most bytes of tensors on the GPU so far, None on a CPU.
+
+        Args:
+            reset: lets it count from now on.
+        """
+        return None
 
     def cancel(self, request_id: str) -> None:  # noqa: B027
         """Ends a running request; it yields an event with finish_reason "cancelled".

@@ -15,18 +15,30 @@ import torch
 from hasten.engine.build import build
 from hasten.engine.config import EngineConfig, resolve
 from hasten.engine.engine import Engine
-from hasten.engine.model_runner import ModelRunner
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
+from hasten.engine.model_runner import Runner
+from hasten.engine.runners import make_runner
 from hasten.errors import RequestError
 from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
+from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
 from hasten.request import Request, TokenEvent
 from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import eos_token_ids, error_events
+from hasten.runtimes.torch_profile import peak_device_bytes, record_trace, sample_operators
 
 # Logits of this many positions are in memory at a time while scoring.
 SCORE_CHUNK_TOKENS = 128
+
+# Tokens of one step: what keeps the device busy without delaying those that decode for long.
+CPU_BATCHED_TOKENS = 512
+GPU_BATCHED_TOKENS = 8192
+
+# Of the memory that is free once the weights are loaded, what the KV cache may take. The rest is for
+# activations; a CPU's memory is shared with other programs.
+CPU_CACHE_SHARE = 0.5
+GPU_CACHE_SHARE = 0.85
 
 
 class NativeRuntime(Runtime):
@@ -34,11 +46,12 @@ class NativeRuntime(Runtime):
 
     name: ClassVar[str] = "native"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=("fp32", "bf16", "fp16", "w8a16", "w4a16"),
+        schemes=("fp32", "bf16", "fp16", "w8a16", "w4a16", "fp8"),
         samples=True,
         in_flight=True,
         cancels=True,
         loads_source=True,
+        devices=("cpu", "cuda"),
     )
 
     def __init__(self, config: RuntimeConfig) -> None:
@@ -52,24 +65,17 @@ class NativeRuntime(Runtime):
         shape = decoder.config
         self._vocab_size = shape.vocab_size
         token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
+        on_gpu = config.device == "cuda"
         limits = EngineConfig(
             max_num_seqs=config.max_num_seqs,
             max_model_tokens=config.max_model_tokens,
-            max_num_batched_tokens=max(EngineConfig.max_num_batched_tokens, config.max_num_seqs),
+            max_num_batched_tokens=max(GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS, config.max_num_seqs),
+            consecutive_blocks=not on_gpu,
         )
-        limits = resolve(limits, shape.max_context_tokens, token_bytes, _free_bytes(config.device))
-        assert limits.num_blocks is not None, "resolve fills it in"
-        kv_cache = allocate_kv_cache(
-            shape.num_layers,
-            limits.num_blocks,
-            limits.block_size,
-            shape.num_kv_heads,
-            shape.head_dim,
-            decoder.dtype,
-            config.device,
-        )
+        share = GPU_CACHE_SHARE if on_gpu else CPU_CACHE_SHARE
+        limits = resolve(limits, shape.max_context_tokens, token_bytes, _free_bytes(config.device), share)
         self._engine = Engine(
-            ModelRunner(decoder, kv_cache),
+            _runner(decoder, limits),
             limits,
             vocab_size=shape.vocab_size,
             eos_token_ids=eos_token_ids(config.model),
@@ -96,7 +102,8 @@ class NativeRuntime(Runtime):
         finally:  # the caller may have stopped listening
             for request in accepted:
                 self._engine.abort(request.request_id)
-            self._engine.step()  # nothing runs any more; it only takes what nobody will hear
+            while self._engine.has_unfinished:
+                self._engine.step()  # takes what nobody will hear
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         for sequence in token_ids:
@@ -109,17 +116,38 @@ class NativeRuntime(Runtime):
             yield logprobs
 
     def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for _ in self.generate(requests):
-                pass
-        return tuple(
-            OperatorSample(row.key, row.self_cpu_time_total * 1e-6, row.count)
-            for row in profiler.key_averages()
-            if row.self_cpu_time_total > 0
-        )
+        return sample_operators(lambda: self._run(requests))
+
+    def record(self, requests: Sequence[Request], path: Path) -> bool:
+        record_trace(lambda: self._run(requests), path, self.config.device)
+        return True
+
+    def peak_device_bytes(self, *, reset: bool = False) -> int | None:
+        return peak_device_bytes(self.config.device, reset)
+
+    def _run(self, requests: Sequence[Request]) -> None:
+        for _ in self.generate(requests):
+            pass
 
     def cancel(self, request_id: str) -> None:
         self._engine.abort(request_id)
+
+
+def _runner(decoder: Decoder, limits: EngineConfig) -> Runner:
+    shape = decoder.config
+    assert limits.num_blocks is not None, "resolve fills it in"
+    kv_cache = allocate_kv_cache(
+        shape.num_layers,
+        limits.num_blocks,
+        limits.block_size,
+        shape.num_kv_heads,
+        shape.head_dim,
+        decoder.dtype,
+        decoder.device,
+    )
+    runner = make_runner(decoder, kv_cache, limits)
+    runner.prepare()
+    return runner
 
 
 def _free_bytes(device: str) -> int:

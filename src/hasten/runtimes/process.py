@@ -35,6 +35,10 @@ from hasten.runtimes.protocol import (
     Generate,
     Load,
     Loaded,
+    MeasureMemory,
+    MemoryMeasured,
+    Record,
+    Recorded,
     Reply,
     Score,
     Scored,
@@ -138,6 +142,16 @@ class RuntimeProcess:
             if isinstance(reply, Traced):
                 operators = reply.operators
         return operators
+
+    def record(self, requests: Iterable[Request], path: Path) -> bool:
+        """Runtime.record in the worker."""
+        replies = list(self._call(Record(tuple(requests), path.absolute())))
+        return any(isinstance(reply, Recorded) and reply.is_written for reply in replies)
+
+    def peak_device_bytes(self, *, reset: bool = False) -> int | None:
+        """Runtime.peak_device_bytes in the worker."""
+        replies = [reply for reply in self._call(MeasureMemory(reset)) if isinstance(reply, MemoryMeasured)]
+        return replies[0].peak_device_bytes
 
     def usage(self) -> ProcessUsage:
         """What the worker has used so far; it is not disturbed, so this may be called while it works."""

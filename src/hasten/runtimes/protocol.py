@@ -40,6 +40,15 @@ class Trace(msgspec.Struct, tag=True, frozen=True):
     requests: tuple[Request, ...]
 
 
+class Record(msgspec.Struct, tag=True, frozen=True):
+    requests: tuple[Request, ...]
+    path: Path
+
+
+class MeasureMemory(msgspec.Struct, tag=True, frozen=True):
+    reset: bool
+
+
 class Loaded(msgspec.Struct, tag=True, frozen=True):
     weight_bytes_per_token: int | None
 
@@ -54,6 +63,14 @@ class Scored(msgspec.Struct, tag=True, frozen=True):
 
 class Traced(msgspec.Struct, tag=True, frozen=True):
     operators: tuple[OperatorSample, ...]
+
+
+class Recorded(msgspec.Struct, tag=True, frozen=True):
+    is_written: bool
+
+
+class MemoryMeasured(msgspec.Struct, tag=True, frozen=True):
+    peak_device_bytes: int | None
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -71,8 +88,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-Command = Load | Generate | Cancel | Score | Trace
-Reply = Loaded | Token | Scored | Traced | Done | Failed
+Command = Load | Generate | Cancel | Score | Trace | Record | MeasureMemory
+Reply = Loaded | Token | Scored | Traced | Recorded | MemoryMeasured | Done | Failed
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # the only foreign type in a message is Path

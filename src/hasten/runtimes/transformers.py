@@ -12,6 +12,7 @@ sampling parameters. Presence and frequency penalties do not exist there and are
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ from hasten.errors import ModelError, UnsupportedModelError, WeightsError
 from hasten.request import Request, SamplingParams, TokenEvent
 from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import Continuation, ModelLimits, admit, eos_token_ids, error_events
+from hasten.runtimes.module_ranges import GenerationPhases, modules_named
+from hasten.runtimes.torch_profile import peak_device_bytes, record_trace, sample_operators
 
 MAX_SCORE_BYTES = 256 * 2**20  # float32 logits that are held at once
 
@@ -37,7 +40,12 @@ class TransformersRuntime(Runtime):
 
     name: ClassVar[str] = "transformers"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        schemes=("fp32", "bf16", "fp16"), samples=True, in_flight=False, cancels=True, loads_source=True
+        schemes=("fp32", "bf16", "fp16"),
+        samples=True,
+        in_flight=False,
+        cancels=True,
+        loads_source=True,
+        devices=("cpu", "cuda"),
     )
 
     def __init__(self, config: RuntimeConfig) -> None:
@@ -55,6 +63,7 @@ class TransformersRuntime(Runtime):
             if isinstance(module, torch.nn.Linear)
         )
         self._cancelled: set[str] = set()
+        self._phases = GenerationPhases(on_gpu=self._model.device.type == "cuda")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -79,7 +88,14 @@ class TransformersRuntime(Runtime):
             yield from logprobs
 
     def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
-        return self._thread.submit(self._trace, requests).result()
+        return self._thread.submit(sample_operators, lambda: self._quietly(requests)).result()
+
+    def record(self, requests: Sequence[Request], path: Path) -> bool:
+        self._thread.submit(self._record, requests, path).result()
+        return True
+
+    def peak_device_bytes(self, *, reset: bool = False) -> int | None:
+        return peak_device_bytes(self.config.device, reset)
 
     def cancel(self, request_id: str) -> None:
         self._cancelled.add(request_id)
@@ -87,15 +103,13 @@ class TransformersRuntime(Runtime):
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
+    def _quietly(self, requests: Sequence[Request]) -> None:
         self._cancelled.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            self._run(requests, lambda event: None)
-        return tuple(
-            OperatorSample(row.key, row.self_cpu_time_total * 1e-6, row.count)
-            for row in profiler.key_averages()
-            if row.self_cpu_time_total > 0
-        )
+        self._run(requests, lambda event: None)
+
+    def _record(self, requests: Sequence[Request], path: Path) -> None:
+        with modules_named(self._model):
+            record_trace(lambda: self._quietly(requests), path, self.config.device)
 
     def _run(self, requests: Sequence[Request], emit: Emit) -> None:
         """Runs requests batch after batch; the last thing emitted is None."""
@@ -121,11 +135,11 @@ class TransformersRuntime(Runtime):
         width = max(len(prompt) for prompt in prompts)
         input_ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts])
         attention_mask = torch.tensor([(0,) * (width - len(prompt)) + (1,) * len(prompt) for prompt in prompts])
-        recorder = _Recorder(batch, self._cancelled, emit)
+        recorder = _Recorder(batch, self._cancelled, emit, self._phases)
         sampling = batch[0].request.sampling
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._phases.follow(self._model):
             self._model.generate(
                 input_ids=input_ids.to(self._model.device),
                 attention_mask=attention_mask.to(self._model.device),
@@ -202,10 +216,13 @@ def _generation_config(sampling: SamplingParams, max_tokens: int) -> GenerationC
 class _Recorder(BaseStreamer):
     """Stamps each step's tokens and emits them as events of the continuations that still run."""
 
-    def __init__(self, batch: Sequence[Continuation], cancelled: set[str], emit: Emit) -> None:
+    def __init__(
+        self, batch: Sequence[Continuation], cancelled: set[str], emit: Emit, phases: GenerationPhases
+    ) -> None:
         self._batch = batch
         self._cancelled = cancelled
         self._emit = emit
+        self._phases = phases
         self._is_prompt = True
         num_logprobs = batch[0].request.sampling.logprobs
         self.logprobs = _LogprobTap(num_logprobs) if num_logprobs is not None else None
@@ -216,6 +233,7 @@ class _Recorder(BaseStreamer):
             self._is_prompt = False
             return
         time_s = time.perf_counter()
+        self._phases.leave()
         for row, (continuation, token_id) in enumerate(zip(self._batch, value.tolist(), strict=True)):
             if continuation.finish_reason is not None:
                 continue
@@ -254,7 +272,10 @@ class _AllOver(StoppingCriteria):
         self._batch = batch
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([each.finish_reason is not None for each in self._batch], device=input_ids.device)
+        is_over = [each.finish_reason is not None for each in self._batch]
+        if not any(is_over):  # a copy to the GPU would make the loop wait for it once more in every step
+            return torch.zeros(len(is_over), dtype=torch.bool, device=input_ids.device)
+        return torch.tensor(is_over, device=input_ids.device)
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,10 @@ from hasten.runtimes.protocol import (
     Generate,
     Load,
     Loaded,
+    MeasureMemory,
+    MemoryMeasured,
+    Record,
+    Recorded,
     Score,
     Scored,
     Token,
@@ -93,6 +97,11 @@ class Worker:
             self._score(self._runtime, command)
         elif isinstance(command, Trace):
             write_message(self._replies, Traced(self._runtime.trace(command.requests)))
+        elif isinstance(command, Record):
+            command.path.parent.mkdir(parents=True, exist_ok=True)
+            write_message(self._replies, Recorded(self._runtime.record(command.requests, command.path)))
+        elif isinstance(command, MeasureMemory):
+            write_message(self._replies, MemoryMeasured(self._runtime.peak_device_bytes(reset=command.reset)))
 
     def _generate(self, runtime: Runtime, command: Generate) -> None:
         self._cancels.clear()  # what is left came too late for the call before

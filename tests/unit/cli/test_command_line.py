@@ -25,7 +25,7 @@ def test_help_lists_every_verb_and_is_quick() -> None:
         done = subprocess.run([sys.executable, "-m", "hasten", "--help"], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    for verb in ("doctor", "optimize", "generate", "eval", "bench", "compare", "report"):
+    for verb in ("doctor", "optimize", "build", "generate", "eval", "bench", "profile", "compare", "report"):
         assert f"  {verb} " in done.stdout
     assert min(times_s) < 0.3
 
@@ -51,6 +51,9 @@ def test_help_lists_every_verb_and_is_quick() -> None:
         (["generate", str(MODEL), "--file", "no-such-file"], 2, "cannot read the prompts"),
         (["generate", str(MODEL), "x", "--system", "y"], 2, "--system needs --chat"),
         (["eval", str(MODEL), "--scheme", "w2a16"], 2, "w"),
+        (["profile", str(MODEL), "--steps", "1"], 2, "--steps must be at least 2"),
+        (["profile", str(MODEL), "--runtimes", "nativ"], 2, "did you mean native?"),
+        (["generate", str(MODEL), "x", "--device", "gpu"], 2, "cuda"),
         (["compare", "no-such-file.json"], 1, "holds no results"),
         (["report", "no-such-run"], 1, "holds no results"),
     ],

@@ -13,7 +13,7 @@ import torch
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
-from hasten.engine.model_runner import Collect, ModelRunner
+from hasten.engine.model_runner import Collect, Model, ModelRunner
 from hasten.engine.scheduler import Schedule
 from hasten.kernels.kv_cache import KVCache, allocate_kv_cache
 from hasten.models.batch import Batch
@@ -57,6 +57,10 @@ class OverlappingRunner(ModelRunner):
 
     is_asynchronous = True
 
+    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+        super().__init__(model, kv_cache)
+        self.drawn: dict[int, int] = {}
+
     def launch(self, schedule: Schedule) -> Collect:
         decoding = [chunk.sequence for chunk in schedule.chunks if chunk.is_decode]
         unknown = [each for each in decoding if each.num_pending_tokens == 2]
@@ -68,8 +72,6 @@ class OverlappingRunner(ModelRunner):
         sampling = [chunk.sequence for chunk in schedule.chunks if chunk.samples]
         self.drawn = {id(each): token.token_id for each, token in zip(sampling, collect(), strict=True)}
         return collect
-
-    drawn: dict[int, int] = {}
 
 
 @pytest.fixture

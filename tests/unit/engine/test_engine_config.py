@@ -26,7 +26,7 @@ def test_model_context_bounds_a_sequence() -> None:
 
 def test_too_little_memory_says_which_limit_to_lower_to_what() -> None:
     config = EngineConfig(max_model_tokens=1600)
-    message = "1600 tokens needs 100 MiB and half of the free memory is 50 MiB: lower max_model_tokens to 800"
+    message = "1600 tokens needs 100 MiB and 50% of the free memory is 50 MiB: lower max_model_tokens to 800"
     with pytest.raises(ResourceError, match=message):
         resolve(config, 2048, TOKEN_BYTES, 100 * MIB)
     lowered = EngineConfig(max_model_tokens=800)

@@ -7,12 +7,15 @@ import pytest
 
 from hasten.artifact import ModelRef, TensorInfo
 from hasten.errors import MissingExtraError, ResourceError, UsageError
-from hasten.hardware import Hardware
+from hasten.hardware import Gpu, Hardware
 from hasten.pipeline import plan as planning
 from hasten.pipeline.config import OptimizeConfig
 from hasten.pipeline.plan import check_resources, default_output, make_plan
 
 HARDWARE = Hardware("a CPU", 2, (), 16 << 30, 12 << 30, "Linux", (), 20e9)
+GPU_MACHINE = dataclasses.replace(
+    HARDWARE, gpus=(Gpu("a GPU", 8 << 30, "9.0", "580"),), read_bandwidth_bytes_per_s=1e12
+)
 
 
 def model_of(num_parameters: int) -> ModelRef:
@@ -73,6 +76,7 @@ def test_an_absent_runtime_is_left_out_by_default_and_refused_by_name(monkeypatc
     [
         ({"runtimes": ("natve",)}, r"unknown runtime 'natve': did you mean native\?"),
         ({"runtimes": ("transformers",), "schemes": ("fp32",)}, "nothing to compare"),
+        ({"schemes": ("fp16",)}, "scheme 'fp16' is not for device cpu: did you mean"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, tuple[str, ...]], message: str) -> None:
@@ -83,8 +87,7 @@ def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, tuple[str, ...
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schemes": ("w8a8",)}, r"scheme 'w8a8' is unknown: did you mean w8a16\?"),
-        ({"schemes": ("fp16",)}, "is not for a CPU"),
+        ({"schemes": ("w8a8",)}, r"unknown scheme 'w8a8': did you mean w8a16\?"),
         ({"concurrency": ()}, "--concurrency needs"),
         ({"concurrency": (0, 1)}, "--concurrency must be at least 1, got 0"),
         ({"new_tokens": 1}, "--new-tokens must be at least 2, got 1"),
@@ -96,6 +99,24 @@ def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, tuple[str, ...
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         OptimizeConfig(model="m", **options)  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_schemes_of_its_own_and_leaves_out_what_needs_a_cpu() -> None:
+    plan = make_plan(OptimizeConfig(model="m"), model_of(10**9), GPU_MACHINE, "cuda")
+    names = [cost.candidate.name for cost in plan.candidates]
+    assert names == ["transformers-fp16", "native-bf16", "native-w8a16", "native-fp8"]
+    assert plan.left_out == {"onnxruntime": "runs on the CPU only: --device cpu has it"}
+    with pytest.raises(UsageError, match="llama_cpp runtime runs on the CPU only"):
+        make_plan(OptimizeConfig(model="m", runtimes=("llama_cpp",)), model_of(10**7), GPU_MACHINE, "cuda")
+    with pytest.raises(UsageError, match="scheme 'w4a16' is not for device cuda"):
+        make_plan(OptimizeConfig(model="m", schemes=("w4a16",)), model_of(10**7), GPU_MACHINE, "cuda")
+
+
+def test_a_gpu_is_asked_whether_the_model_fits_its_memory() -> None:
+    model = model_of(6 * 10**9)
+    plan = make_plan(OptimizeConfig(model="m", runtimes=("native",)), model, GPU_MACHINE, "cuda")
+    with pytest.raises(ResourceError, match=r"transformers-fp16 needs about 13\.2 GiB of GPU memory and 8\.0 GiB"):
+        check_resources(plan, GPU_MACHINE, 1 << 50, "cuda")
 
 
 def test_the_run_folder_is_named_after_the_model() -> None:

@@ -22,7 +22,7 @@ class Machine:
     def __init__(self, traces: bool = True, loses: int = 0, slowdown: float = 1.0, step_s: float = 0.01) -> None:
         self.traces, self.loses, self.slowdown, self.step_s = traces, loses, slowdown, step_s
 
-    def generate(self, requests: Sequence[Request]) -> list[TokenEvent]:
+    def generate(self, requests: Sequence[Request], on_event: object = None) -> list[TokenEvent]:
         [request] = requests
         count = request.sampling.max_tokens - self.loses
         return [TokenEvent(request.request_id, 1, 1.0 + self.step_s * index) for index in range(count)]

@@ -6,7 +6,7 @@ import torch
 from hasten.config import scheme_named
 from hasten.kernels.linear import dequantize
 from hasten.quantization import rtn
-from hasten.quantization.rtn import group_size_for, quantize, weight_bits
+from hasten.quantization.rtn import FP8_MAX, group_size_for, quantize, quantize_fp8, weight_bits
 
 
 def restored(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -35,6 +35,30 @@ def test_int4_has_one_scale_a_group_and_clipping_helps(
     monkeypatch.setattr(rtn, "CLIPS", (1.0,))
     assert clipped < (restored(weight, 4) - weight).norm()
     assert clipped / weight.norm() < 0.12
+
+
+def test_fp8_error_is_at_most_half_a_step_of_e4m3() -> None:
+    weight = torch.randn(37, 90)
+    quantized = quantize_fp8(weight)
+    assert quantized.codes.dtype == torch.float8_e4m3fn
+    assert quantized.scale.dtype == torch.float32
+    assert quantized.scale.shape == (37, 1)
+    assert (quantized.codes.float().abs().amax(dim=1) == FP8_MAX).all()
+    error = (dequantize(quantized.codes, quantized.scale) - weight).abs()
+    # three bits behind the point: half a step is 2^-4 of the value; below 2^-6 steps are 2^-9
+    assert (error <= torch.maximum(weight.abs() * 2**-4, quantized.scale * 2**-10) * 1.0001).all()
+
+
+def test_fp8_takes_zeros_and_does_not_depend_on_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(33, 64)
+    weight[3] = 0.0
+    whole = quantize_fp8(weight)
+    assert torch.equal(whole.codes[3].float(), torch.zeros(64))
+    assert whole.scale[3] == 1.0
+    monkeypatch.setattr(rtn, "SLICE_WEIGHTS", 5 * 64)
+    sliced = quantize_fp8(weight)
+    assert torch.equal(whole.codes.view(torch.uint8), sliced.codes.view(torch.uint8))
+    assert torch.equal(whole.scale, sliced.scale)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -76,6 +76,14 @@ def test_scores_are_written_as_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.load(path), rows)
 
 
+def test_records_nothing_where_the_runtime_cannot(tmp_path: Path) -> None:
+    with RuntimeProcess("fake", CONFIG) as process:
+        path = tmp_path / "new" / "trace.json.gz"
+        assert not process.record([Request("r", (1,), SamplingParams(max_tokens=4))], path)
+        assert not path.exists()
+        assert process.peak_device_bytes(reset=True) is None
+
+
 def test_traces_and_tells_what_it_used() -> None:
     with RuntimeProcess("fake", CONFIG) as process:
         assert [sample.calls for sample in process.trace([Request("r", (1,), SamplingParams(max_tokens=4))])] == [4]

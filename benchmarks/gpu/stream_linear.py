@@ -1,0 +1,232 @@
+"""Times all weight products of a decode step, chained in one CUDA graph as in the engine, and tunes their split.
+
+Random weights in the real shapes, different ones in every layer, so nothing stays in the cache.
+
+    python benchmarks/gpu/stream_linear.py --models llama,qwen --schemes bf16,int8,fp8 --rows 1,8,16 --tune
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hasten.kernels.cuda import nvrtc
+from hasten.kernels.cuda import stream_linear as module
+from hasten.kernels.cuda.stream_linear import NextWeight, StreamConfig, stream_linear
+
+BANDWIDTH = 4.27e12
+"""Bytes a second that one H200 was measured to read."""
+
+
+@dataclass(frozen=True)
+class Model:
+    hidden: int
+    qkv: int
+    middle: int
+    layers: int
+    vocab: int
+    qkv_bias: bool
+
+
+MODELS = {
+    "llama": Model(4096, 6144, 14336, 32, 128256, False),
+    "qwen": Model(3584, 4608, 18944, 28, 152064, True),
+}
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NEXT = {"qkv": "o", "o": "gate_up", "gate_up": "down", "down": "qkv", "head": "qkv"}
+Configs = dict[str, StreamConfig | None]
+
+
+class Step:
+    """The products of one decode step with static buffers; attention is replaced by a view of qkv."""
+
+    def __init__(self, model: Model, scheme: str) -> None:
+        self.model, self.dtype, self.prefetch = model, DTYPES[scheme], True
+        shapes = {
+            "qkv": (model.qkv, model.hidden),
+            "o": (model.hidden, model.hidden),
+            "gate_up": (2 * model.middle, model.hidden),
+            "down": (model.hidden, model.middle),
+        }
+        self.layers = [{name: self.make(*shape) for name, shape in shapes.items()} for _ in range(model.layers)]
+        self.head = self.make(model.vocab, model.hidden)
+        self.norm = torch.rand(model.hidden, device="cuda").to(torch.bfloat16) + 0.5
+        self.bias = torch.randn(model.qkv, device="cuda").to(torch.bfloat16) if model.qkv_bias else None
+        weights = [weight for layer in self.layers for weight, _ in layer.values()] + [self.head[0]]
+        self.bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def make(self, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.dtype == torch.int8:
+            return torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda"), torch.full(
+                (n,), 2.7e-4, device="cuda"
+            )
+        weight = torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_()
+        if self.dtype == torch.bfloat16:
+            return weight.mul_(0.02), None
+        return weight.to(self.dtype), torch.full((n,), 0.02, device="cuda")
+
+    def capture(self, rows: int, configs: Configs) -> torch.cuda.CUDAGraph:
+        model, bf16 = self.model, torch.bfloat16
+        hidden = torch.randn(rows, model.hidden, device="cuda").to(bf16)
+        qkv = torch.empty(rows, model.qkv, dtype=bf16, device="cuda")
+        attended = qkv.view(-1)[: rows * model.hidden].view(rows, model.hidden)
+        middle = torch.empty(rows, model.middle, dtype=bf16, device="cuda")
+        logits = torch.empty(rows, model.vocab, device="cuda")
+
+        def product(name: str, layer: int, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> None:
+            weight, scale = self.head if name == "head" else self.layers[layer][name]
+            following = None
+            if self.prefetch:
+                after = NEXT[name] if name != "down" or layer + 1 < model.layers else "head"
+                layer_after = layer + (name == "down") if name != "head" else 0
+                next_weight, _ = self.head if after == "head" else self.layers[layer_after][after]
+                following = NextWeight(next_weight, after == "gate_up", configs.get(after))
+            stream_linear(x, weight, scale=scale, out=out, config=configs.get(name), next_weight=following, **fused)
+
+        def run() -> None:
+            norm = {"norm_weight": self.norm, "eps": 1e-5}
+            for layer in range(model.layers):
+                product("qkv", layer, hidden, qkv, bias=self.bias, **norm)
+                product("o", layer, attended, hidden, residual=hidden)
+                product("gate_up", layer, hidden, middle, gated=True, **norm)
+                product("down", layer, middle, hidden, residual=hidden)
+            product("head", 0, hidden, logits, **norm)
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph
+
+    def time(self, rows: int, configs: Configs, repeats: int = 15) -> float:
+        """Median milliseconds of a step."""
+        return time_graph(self.capture(rows, configs), repeats)
+
+
+def time_graph(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> Configs:
+    """The fastest configuration of each matrix in turn, in the whole chain."""
+    configs: Configs = {}
+    best = step.time(rows, configs)
+    matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
+    for name in ("gate_up", "down", "qkv", "o", "head"):
+        for config in variants(matrices[name], rows):
+            if time.perf_counter() > deadline:
+                return configs
+            ms = step.time(rows, configs | {name: config})
+            log(f"    {rows:2} {name:8} {ms:.3f} {config}")
+            if ms < best * 0.998:
+                best, configs[name] = ms, config
+    return configs
+
+
+def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
+    """More than `candidates`: also other copies in flight and numbers of warps."""
+    k, size = weight.shape[1], weight.element_size()
+    default = module.default_config(*weight.shape, rows, size)
+    changes: list[dict[str, int]] = [{}]
+    changes += [{"in_flight_bytes": kib << 10} for kib in (32, 64, 96)]
+    changes += [
+        {"tile_rows": 32, "segment_bytes": 512, "warps": 4},
+        {"tile_rows": 32, "segment_bytes": 1024},
+        {"segment_bytes": 2048},
+        {"warps": 4},
+        {"segment_bytes": 512, "warps": 4},
+    ]
+    clusters = [c for c in module._fitting_clusters(k, rows, size) if default.cluster / 2 <= c <= default.cluster * 2]
+    configs = [StreamConfig(cluster, **change) for cluster in clusters for change in changes]
+    return [config for config in configs if module._fits(k, rows, size, config)]
+
+
+def sweep(step: Step, rows: int) -> list[str]:
+    """Milliseconds of a step with one setting changed for all its products."""
+    found = []
+    changes: dict[str, dict[str, int]] = {
+        "two CTAs": {"shared_bytes": module.SHARED_BYTES_OF_TWO},
+        "160 KiB": {"shared_bytes": 160 << 10},
+        "227 KiB": {"shared_bytes": module.MAX_SHARED_BYTES},
+        **{f"flight {kib}": {"in_flight_bytes": kib << 10} for kib in (32, 64, 96, 192)},
+        **{f"prefetch {kib}": {"prefetch_bytes": kib << 10} for kib in (0, 16, 32, 96, 128)},
+        "4 warps": {"warps": 4},
+        "32 rows": {"tile_rows": 32},
+        "2048": {"segment_bytes": 2048},
+    }
+    matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
+    for name, change in changes.items():
+        configs = {
+            matrix: replace(module.default_config(*weight.shape, rows, weight.element_size()), **change)
+            for matrix, weight in matrices.items()
+        }
+        fits = all(
+            module._fits(weight.shape[1], rows, weight.element_size(), configs[m]) for m, weight in matrices.items()
+        )
+        found.append(f"{name}: {step.time(rows, configs):.3f}" if fits else f"{name}: -")
+    step.prefetch = False
+    found.append(f"no prefetch: {step.time(rows, {}):.3f}")
+    step.prefetch = True
+    return found
+
+
+def without_overlap(step: Step, rows: int) -> float:
+    """Milliseconds of a step whose kernels start only when the one before has ended."""
+    launch_config = nvrtc._launch_config
+    nvrtc._launch_config = lambda *arguments: launch_config(*arguments[:-1], False)
+    try:
+        return step.time(rows, {})
+    finally:
+        nvrtc._launch_config = launch_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="llama")
+    parser.add_argument("--schemes", default="bf16,int8,fp8")
+    parser.add_argument("--rows", default="1,8,16")
+    parser.add_argument("--sweep", action="store_true", help="one setting changed for all products")
+    parser.add_argument("--tune", action="store_true", help="each product's fastest split")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds after which no variant is tried any more")
+    arguments = parser.parse_args()
+    deadline = time.perf_counter() + arguments.budget
+    table = []
+    for model in arguments.models.split(","):
+        for scheme in arguments.schemes.split(","):
+            step = Step(MODELS[model], scheme)
+            limit_ms = step.bytes / BANDWIDTH * 1e3
+            for rows in map(int, arguments.rows.split(",")):
+                ms, alone_ms = step.time(rows, {}), without_overlap(step, rows)
+                line = f"| {model} | {scheme} | {rows} | {limit_ms:.2f} | {alone_ms:.3f} | {ms:.3f} |"
+                line += f" {limit_ms / ms:.0%} |"
+                if arguments.sweep:
+                    line += " ".join(sweep(step, rows)) + " |"
+                if arguments.tune:
+                    print(line, flush=True)
+                    configs = tune(step, rows, deadline, lambda text: print(text, flush=True))
+                    tuned_ms = step.time(rows, configs)
+                    line += f" {tuned_ms:.3f} | {limit_ms / tuned_ms:.0%} | {configs} |"
+                table.append(line)
+            del step
+            torch.cuda.empty_cache()
+    print("| model | weights | rows | limit, ms | without overlap | default, ms | of the limit | tuned, ms | | |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

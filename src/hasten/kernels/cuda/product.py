@@ -1,0 +1,121 @@
+"""A product on a GPU with its norm, activation and residual: one kernel, or a library's.
+
+Up to `stream_linear.MAX_ROWS` rows a product is bound by reading its weights, and one kernel
+does all of it. Above, the matrix product is the library's, with small kernels around it: dense
+weights through cuBLAS, fp8 through its scaled product with activations quantized per token. int8
+goes through cuBLAS too where there was room for a 16-bit copy of the weights: many rows are bound
+by arithmetic, which int8 weights do not make less. Without the copy it has a slower kernel.
+"""
+
+import torch
+from torch.nn import functional
+
+from hasten.kernels.cuda.elementwise import quantize_fp8, rms_norm, rms_norm_fp8, silu_mul
+from hasten.kernels.cuda.int8_matmul import int8_matmul
+from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear, supports
+
+
+DEQUANTIZED_ROWS = 8192
+"""Rows that are dequantized at a time."""
+
+
+class CudaProduct:
+    """See `kernels.product.Product`.
+
+    Args:
+        weight: [out_features, in_features] row-major: float32, float16, bfloat16, int8 or float8_e4m3fn.
+        scale: [out_features] float32 for the 8-bit ones.
+        norm_weight: [in_features] of the norm before it.
+        is_gated: the rows are gate and up, and the result is silu(gate) * up.
+        out_dtype: of the result; None is that of x.
+        has_copy: whether int8 weights also get a 16-bit copy, of bfloat16.
+        config: how the streaming kernel runs; None is its own choice.
+    """
+
+    __slots__ = (
+        "_bias",
+        "_config",
+        "_dense",
+        "_eps",
+        "_is_gated",
+        "_norm_weight",
+        "_out_dtype",
+        "scale",
+        "weight",
+        "weight_bytes",
+    )
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        *,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        is_gated: bool,
+        out_dtype: torch.dtype | None,
+        has_copy: bool = False,
+        config: StreamConfig | None = None,
+    ) -> None:
+        self.weight, self.scale = weight, scale
+        self._dense = _dequantized(weight, scale) if has_copy else weight
+        self.weight_bytes = weight.nbytes + (0 if scale is None else scale.nbytes)
+        self._bias, self._norm_weight, self._eps = bias, norm_weight, eps
+        self._is_gated, self._out_dtype, self._config = is_gated, out_dtype, config
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if supports(self.weight, x.shape[0]):
+            return self._stream(x, residual)
+        return self._library(x, residual)
+
+    def _stream(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        num_columns = self.weight.shape[0] // (2 if self._is_gated else 1)
+        return stream_linear(
+            x,
+            self.weight,
+            scale=self.scale,
+            bias=self._bias,
+            norm_weight=self._norm_weight,
+            eps=self._eps,
+            residual=residual,
+            gated=self._is_gated,
+            out=torch.empty(x.shape[0], num_columns, dtype=self._out_dtype or x.dtype, device=x.device),
+            config=self._config,
+        )
+
+    def _library(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if self.weight.dtype == torch.float8_e4m3fn:
+            y = self._fp8(x)
+        else:
+            if self._norm_weight is not None:
+                x = rms_norm(x, self._norm_weight, self._eps)
+            if self._dense.dtype == torch.int8:
+                assert self.scale is not None
+                y = int8_matmul(x, self.weight, self.scale, self._bias, residual, self._out_dtype)
+                return silu_mul(y) if self._is_gated else y
+            elif residual is not None and self._bias is None:
+                return torch.addmm(residual, x, self._dense.T)
+            elif self._out_dtype not in (None, x.dtype):
+                y = torch.mm(x, self._dense.T, out_dtype=self._out_dtype)
+            else:
+                y = functional.linear(x, self._dense, self._bias)
+        if residual is not None:
+            y += residual
+        return silu_mul(y) if self._is_gated else y
+
+    def _fp8(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.scale is not None
+        codes, scale = quantize_fp8(x) if self._norm_weight is None else rms_norm_fp8(x, self._norm_weight, self._eps)
+        y = torch._scaled_mm(codes, self.weight.T, scale, self.scale.unsqueeze(0), self._bias, out_dtype=x.dtype)
+        return y if self._out_dtype is None else y.to(self._out_dtype)
+
+
+def _dequantized(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """codes * scale in bfloat16, slice by slice: the float32 in between is as large as four of codes."""
+    assert scale is not None
+    dense = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    for start in range(0, codes.shape[0], DEQUANTIZED_ROWS):
+        rows = slice(start, start + DEQUANTIZED_ROWS)
+        dense[rows] = codes[rows].float() * scale[rows].unsqueeze(1)
+    return dense

@@ -1,0 +1,648 @@
+// y = W @ x for 1 to 16 rows of x, bound by reading W once from memory.
+//
+// A cluster of CTAs owns tiles of 16 * M_TILES weight rows and splits their K between its CTAs. In a CTA
+// one warp keeps a ring of shared-memory stages filled by the tensor copy engine, WARPS warps split a
+// stage's K and multiply on the tensor cores (weights are the 16-row operand, x the 8-column one), and
+// one warp sums their partial results and writes the output. Sums are taken in a fixed order: no atomics.
+//
+// Launched with programmatic stream serialization, a kernel starts while the one before it still runs
+// and fills its ring with weights, which no kernel writes. x, the residual and the output are touched
+// only after griddepcontrol.wait. Two CTAs share a multiprocessor if their shared memory allows it.
+//
+// While weights stream, any other load waits behind them in the memory system. So scales, biases and norm
+// weights are loaded before the wait, x in one go, residuals one tile ahead, and the copies in flight are
+// limited to what the bandwidth needs; the rest of the ring is for the time between two kernels.
+//
+// The order in which K is summed is free, so each thread reads 16 contiguous bytes of a weight row and
+// the elements of x that belong to them; the instruction's own element order never matters.
+//
+// Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), X_HALF (0: bf16, 1: fp16),
+// N_TILES (1: up to 8 rows, 2: up to 16), M_TILES, SEGMENT (bytes of a weight row in a stage), WARPS.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) Params {
+    u64 map[16];            // tensor map of the weights: [128 bytes][num_weight_rows][k / 128 bytes], 8 rows a box
+    const u8* x;            // [rows, k]
+    const float* scale;     // [num_weight_rows], or null
+    const u8* bias;         // [num_weight_rows], as x, or null
+    const u8* norm_weight;  // [k], as x, or null: no norm
+    const u8* residual;     // [rows, n], as x, or null; may be out
+    void* out;              // [rows, n], as x or float
+    const u8* next;         // the next product's weights, or null: their beginning is brought into the L2 cache
+    long long next_half;    // bytes from its rows 0 to 7 of a tile's 16 to rows 8 to 15
+    int next_row_bytes, next_tile_rows, next_tiles, next_cluster, next_slice, next_bytes;
+    int n, k, rows, tiles;
+    int own_tiles;          // at most so many tiles are written by one CTA
+    int stages, in_flight;
+    int slice;              // bytes of a weight row that one CTA of a cluster multiplies
+    int gated, out_float;
+    float eps;
+};
+
+constexpr int TILE_ROWS = 16 * M_TILES;
+constexpr int ELEMENT = WEIGHT_KIND == 0 ? 2 : 1;
+constexpr int X_PER_WEIGHT_BYTE = 2 / ELEMENT;  // bytes of x that one byte of a weight row meets
+constexpr int STAGE = TILE_ROWS * SEGMENT;      // [8-row group][block][row][128 bytes, swizzled by row]
+constexpr int GROUP = 8 * SEGMENT;
+constexpr int BLOCK = 128;                      // bytes of a weight row in two rounds of products
+constexpr int BLOCKS = SEGMENT / BLOCK;
+constexpr int BLOCKS_PER_WARP = BLOCKS / WARPS;
+constexpr int PARTIAL = M_TILES * N_TILES * 32 * 16;  // bytes of one warp's partial results
+constexpr int MAX_CLUSTER = 8;
+constexpr int THREADS = (WARPS + 2) * 32;
+static_assert(BLOCKS % WARPS == 0, "a stage's blocks divide between the warps");
+
+// shared memory: barriers, sums of squares, two buffers of partial results, those of the cluster, scales,
+// biases, norm weights, x, ring
+constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_FULL = 264, PART_EMPTY = 280;
+constexpr int PEER_FULL = 296, SQUARES_FULL = 312, PEER_EMPTY = 320;  // PEER_EMPTY: [MAX_CLUSTER][2]
+constexpr int SQUARES_BY_WARP = 512, SQUARES_BY_RANK = SQUARES_BY_WARP + 16 * WARPS * 4;
+constexpr int PARTIALS = SQUARES_BY_RANK + MAX_CLUSTER * 16 * 4;
+
+// Where things are for this CTA, and its part of K.
+struct Place {
+    u32 base, peer_slots, scales, biases, norm, x, ring;
+    int rank, cluster, first_tile, tile_step;
+    int begin, bytes, x_pitch;  // of a weight row: first byte, bytes; of x in shared memory
+};
+
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_expect_only(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
+    u32 result;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+    return result;
+}
+__device__ __forceinline__ void barrier_arrive_peer(u32 peer_barrier) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(u32 to, const u8* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void copy_weights(u32 to, const Params& p, int row, int block, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;"
+        ::"r"(to), "l"(p.map), "r"(0), "r"(row), "r"(block), "r"(barrier), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ float4 load_shared_float4(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ float load_shared_float(u32 address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+__device__ __forceinline__ void store_shared(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_shared(u32 address, const float (&v)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+__device__ __forceinline__ void store_shared_float(u32 address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+// Stores to another CTA of the cluster that its barrier counts, so that no fence is needed.
+__device__ __forceinline__ void store_peer(u32 address, float4 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void store_peer_float(u32 address, float v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                 ::"r"(address), "f"(v), "r"(barrier) : "memory");
+}
+
+// two elements of x in a word, and one element in memory
+__device__ __forceinline__ float2 unpack(u32 pair) {
+#if X_HALF
+    float2 v;
+    asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
+    return v;
+#else
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+#endif
+}
+__device__ __forceinline__ u32 pack(float lo, float hi) {
+    u32 pair;
+#if X_HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+#endif
+    return pair;
+}
+__device__ __forceinline__ float load_element(const u8* base, long long index) {
+    return unpack(reinterpret_cast<const u16*>(base)[index]).x;
+}
+// What an earlier kernel wrote is read past the L1 cache.
+__device__ __forceinline__ float load_activation(const u8* base, long long index) {
+    return unpack(__ldcg(reinterpret_cast<const u16*>(base) + index)).x;
+}
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
+}
+
+// Four one-byte weights to two words of two elements of x's type. Exact: the low bits of a constant whose
+// unit in the last place is one take the code, then the constant is subtracted.
+__device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
+#if WEIGHT_KIND == 1 && X_HALF  // 0x6400 | u = 1024 + u, u = code + 128
+    codes ^= 0x80808080u;
+    first = permute(codes, 0x64646464u, 0x4140), second = permute(codes, 0x64646464u, 0x4342);
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(first) : "r"(0x64806480u));
+    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(second) : "r"(0x64806480u));
+#elif WEIGHT_KIND == 1          // 0x4300 | low 7 bits = 128 + low, minus 128, or 256 where the code is negative
+    first = permute(codes, 0x43434343u, 0x4140), second = permute(codes, 0x43434343u, 0x4342);
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(first) : "r"(first & 0xff7fff7fu), "r"(first & 0xff80ff80u));
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(second) : "r"(second & 0xff7fff7fu), "r"(second & 0xff80ff80u));
+#elif WEIGHT_KIND == 2          // sign, exponent and mantissa in place; the product mends the exponent's offset
+    first = permute(codes, 0, 0x1404), second = permute(codes, 0, 0x3424);
+    constexpr int SHIFT = X_HALF ? 1 : 4;
+    first = (first & 0x80008000u) | ((first & 0x7f007f00u) >> SHIFT);
+    second = (second & 0x80008000u) | ((second & 0x7f007f00u) >> SHIFT);
+#if X_HALF
+    asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(first) : "r"(0x5c005c00u));
+    asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(second) : "r"(0x5c005c00u));
+#else
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(first) : "r"(0x7b807b80u));
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(second) : "r"(0x7b807b80u));
+#endif
+#endif
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if X_HALF
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+typedef float Sums[2][M_TILES][N_TILES][4];  // two sets, so that a product rarely waits for the one before
+
+// 16 bytes of each of the thread's weight rows with the x that they meet.
+__device__ __forceinline__ void multiply_round(
+    Sums& sums, const uint4 (&w)[M_TILES][2], const uint4 (&x)[N_TILES][X_PER_WEIGHT_BYTE]) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+        const u32 top[4] = {w[m][0].x, w[m][0].y, w[m][0].z, w[m][0].w};
+        const u32 low[4] = {w[m][1].x, w[m][1].y, w[m][1].z, w[m][1].w};
+#if WEIGHT_KIND == 0
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+                const u32 b[4] = {x[n][0].x, x[n][0].y, x[n][0].z, x[n][0].w};
+                multiply(sums[j][m][n], top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1], b[2 * j], b[2 * j + 1]);
+            }
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 a0, a1, a2, a3;
+            widen(top[j], a0, a2);
+            widen(low[j], a1, a3);
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+                const uint4 v = x[n][j / 2];
+                multiply(sums[j % 2][m][n], a0, a1, a2, a3, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+            }
+        }
+#endif
+    }
+}
+
+// One warp's blocks of a stage, in two rounds each. PART: the stage holds only `blocks` of them, K's end.
+template <bool PART>
+__device__ __forceinline__ void multiply_stage(
+    Sums& sums, u32 stage, const u32 (&w_offset)[2], const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], int blocks, int warp) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS_PER_WARP; i++) {
+        const int block = warp + i * WARPS;
+        if (PART && block >= blocks) break;
+        uint4 w[2][M_TILES][2], x[2][N_TILES][X_PER_WEIGHT_BYTE];
+#pragma unroll
+        for (int round = 0; round < 2; round++) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                w[round][m][0] = load_shared(stage + m * 2 * GROUP + block * 8 * BLOCK + w_offset[round]);
+                w[round][m][1] = load_shared(stage + (m * 2 + 1) * GROUP + block * 8 * BLOCK + w_offset[round]);
+            }
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+                for (int j = 0; j < X_PER_WEIGHT_BYTE; j++)
+                    x[round][n][j] = load_shared(x_row[n] + block * BLOCK * X_PER_WEIGHT_BYTE + x_offset[round] + j * 16);
+        }
+#pragma unroll
+        for (int round = 0; round < 2; round++) multiply_round(sums, w[round], x[round]);
+    }
+}
+
+// Row of the weights that row r of a tile holds; a gated tile's groups of 16 are 8 gate and 8 up rows.
+__device__ __forceinline__ int weight_row(const Params& p, int tile, int r) {
+    if (!p.gated) return tile * TILE_ROWS + r;
+    return tile * (TILE_ROWS / 2) + (r / 16) * 8 + r % 8 + (r % 16 < 8 ? 0 : p.n);
+}
+__device__ __forceinline__ int output_column(const Params& p, int tile, int m, int half, int g) {
+    return p.gated ? tile * (TILE_ROWS / 2) + m * 8 + g : tile * TILE_ROWS + m * 16 + half * 8 + g;
+}
+
+// Multiplies this CTA's part of x, in shared memory, with the norm's weights; sums of squares by warp and row.
+// In bf16 the reciprocal root is applied to the product's result; fp16's range wants it applied here.
+__device__ __forceinline__ void norm_x(const Params& p, const Place& at, int warp, int lane) {
+    const int count = at.bytes / ELEMENT;
+#if X_HALF
+    for (int row = 0; row < p.rows; row++) {
+        float sum = 0;
+        for (int e = warp * 256 + lane * 8; e < p.k; e += WARPS * 256) {
+            const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.x + ((long long)row * p.k + e) * 2));
+            const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 f = unpack(words[j]);
+                sum += f.x * f.x + f.y * f.y;
+            }
+        }
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, sum);
+    }
+    asm volatile("bar.sync 2, %0;" ::"n"(WARPS * 32) : "memory");
+#endif
+    for (int row = 0; row < p.rows; row++) {
+        float factor = 1.0f, squares = 0;
+#if X_HALF
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += load_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + w) * 4);
+        factor = rsqrtf(sum / p.k + p.eps);
+#endif
+        for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
+            const uint4 v = load_shared(at.x + row * at.x_pitch + e * 2), norm = load_shared(at.norm + e * 2);
+            const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
+            u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 f = unpack(words[j]), w = unpack(norms[j]);
+                squares += f.x * f.x + f.y * f.y;
+                words[j] = pack(f.x * factor * w.x, f.y * factor * w.y);
+            }
+            store_shared(at.x + row * at.x_pitch + e * 2, make_uint4(words[0], words[1], words[2], words[3]));
+        }
+#if !X_HALF
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, squares);
+#endif
+    }
+}
+
+// The norm's factor of row `lane % 16`, from all the cluster's sums of squares.
+__device__ __forceinline__ float norm_factor(const Params& p, const Place& at, int lane) {
+#if X_HALF
+    return 1.0f;
+#else
+    const int row = lane % 16;
+    float sum = 0;
+    if (row < p.rows) {
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += load_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + w) * 4);
+    }
+    if (at.cluster > 1) {
+        for (int to = 0; to < at.cluster && lane < 16; to++)
+            store_peer_float(peer_address(at.base + SQUARES_BY_RANK + (at.rank * 16 + row) * 4, to), sum,
+                             peer_address(at.base + SQUARES_FULL, to));
+        barrier_wait_cluster(at.base + SQUARES_FULL, 0);
+        sum = 0;
+        for (int from = 0; from < at.cluster; from++)
+            sum += load_shared_float(at.base + SQUARES_BY_RANK + (from * 16 + row) * 4);
+    }
+    return rsqrtf(sum / p.k + p.eps);
+#endif
+}
+
+// Scales and biases of the tiles that this CTA writes, as floats: [own tile][tile row].
+__device__ __forceinline__ void load_scales(const Params& p, const Place& at, int lane) {
+    const int num_rows = p.gated ? 2 * p.n : p.n;
+    for (int e = lane; e < p.own_tiles * TILE_ROWS; e += 32) {
+        const int tile = at.first_tile + (e / TILE_ROWS * at.cluster + at.rank) * at.tile_step;
+        const int row = min(weight_row(p, tile, e % TILE_ROWS), num_rows - 1);
+        if (p.scale) store_shared_float(at.scales + e * 4, p.scale[row]);
+        if (p.bias) store_shared_float(at.biases + e * 4, load_element(p.bias, row));
+    }
+    __syncwarp();
+}
+
+// The residual where this thread will write: [m][n][half][batch row], as the products' results.
+__device__ __forceinline__ void load_residual(const Params& p, int tile, int lane, float (&values)[M_TILES][N_TILES][4]) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                const int row = n * 8 + lane % 4 * 2 + v % 2, column = output_column(p, tile, m, v / 2, lane / 4);
+                values[m][n][v] = 0.0f;
+                if (p.residual && tile < p.tiles && row < p.rows && column < p.n)
+                    values[m][n][v] = load_activation(p.residual, (long long)row * p.n + column);
+            }
+}
+
+__device__ __forceinline__ void write(const Params& p, int row, int column, float v) {
+    if (row >= p.rows || column >= p.n) return;
+    const long long index = (long long)row * p.n + column;
+    if (p.out_float) static_cast<float*>(p.out)[index] = v;
+    else static_cast<u16*>(p.out)[index] = (u16)pack(v, 0.0f);
+}
+
+// The epilogue warp: fetches all small operands, then sums partial results over warps and cluster, scales,
+// adds, activates and writes.
+__device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int lane) {
+    const u32 base = at.base;
+    const int g = lane / 4, t = lane % 4, rank = at.rank, cluster = at.cluster;
+    const int x_bytes = at.bytes * X_PER_WEIGHT_BYTE, x_begin = at.begin * X_PER_WEIGHT_BYTE;
+    if (p.norm_weight && lane == 0) {
+        barrier_expect_only(base + X_FULL, x_bytes);
+        bulk_copy(at.norm, p.norm_weight + x_begin, x_bytes, base + X_FULL);
+    }
+    if (p.scale || p.bias) load_scales(p, at, lane);
+
+    wait_for_previous_kernel();
+    if (lane == 0) barrier_expect(base + X_FULL, x_bytes * p.rows);
+    __syncwarp();
+    if (lane < p.rows) bulk_copy(at.x + lane * at.x_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, base + X_FULL);
+    float residual[M_TILES][N_TILES][4];
+    load_residual(p, at.first_tile + rank * at.tile_step, lane, residual);
+
+    float factor[N_TILES][2];
+    if (p.norm_weight) {
+        asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
+        const float own = norm_factor(p, at, lane);
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+            for (int b = 0; b < 2; b++) factor[n][b] = __shfl_sync(~0u, own, n * 8 + 2 * t + b);
+    } else {
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) factor[n][0] = factor[n][1] = 1.0f;
+    }
+    int i = 0;
+    for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
+        const int owner = i % cluster, own = i / cluster, buffer = i & 1;
+        float4 sum[M_TILES * N_TILES];
+        barrier_wait(base + PART_FULL + buffer * 8, (i / 2) & 1);
+#pragma unroll
+        for (int v = 0; v < M_TILES * N_TILES; v++) {
+            const u32 address = base + PARTIALS + buffer * WARPS * PARTIAL + (v * 32 + lane) * 16;
+            sum[v] = load_shared_float4(address);
+#pragma unroll
+            for (int w = 1; w < WARPS; w++) {
+                const float4 part = load_shared_float4(address + w * PARTIAL);
+                sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
+            }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + PART_EMPTY + buffer * 8);
+        if (cluster > 1) {
+            const int slot = own & 1, round = own / 2;
+            const u32 slots = at.peer_slots + slot * cluster * PARTIAL, peer_full = base + PEER_FULL + slot * 8;
+            if (rank != owner) {
+                if (round > 0) barrier_wait_cluster(base + PEER_EMPTY + (owner * 2 + slot) * 8, (round - 1) & 1);
+#pragma unroll
+                for (int v = 0; v < M_TILES * N_TILES; v++)
+                    store_peer(peer_address(slots + rank * PARTIAL + (v * 32 + lane) * 16, owner), sum[v], peer_address(peer_full, owner));
+                continue;
+            }
+            barrier_wait_cluster(peer_full, round & 1);
+            for (int from = 0; from < cluster; from++) {
+                if (from == rank) continue;
+#pragma unroll
+                for (int v = 0; v < M_TILES * N_TILES; v++) {
+                    const float4 part = load_shared_float4(slots + from * PARTIAL + (v * 32 + lane) * 16);
+                    sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
+                }
+            }
+            if (lane == 0) barrier_expect(peer_full, (cluster - 1) * PARTIAL);  // for the slot's next round
+            __syncwarp();
+            if (lane < cluster && lane != rank) barrier_arrive_peer(peer_address(base + PEER_EMPTY + (rank * 2 + slot) * 8, lane));
+        }
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+            float scale[2], bias[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int e = (own * TILE_ROWS + m * 16 + h * 8 + g) * 4;
+                scale[h] = p.scale ? load_shared_float(at.scales + e) : 1.0f;
+                bias[h] = p.bias ? load_shared_float(at.biases + e) : 0.0f;
+            }
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+                const float4 s = sum[m * N_TILES + n];
+                const float values[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    const int row = n * 8 + 2 * t + b;
+                    const float top = values[b] * factor[n][b] * scale[0] + bias[0];
+                    const float low = values[2 + b] * factor[n][b] * scale[1] + bias[1];
+                    if (p.gated) {
+                        const float v = top / (1.0f + __expf(-top)) * low;
+                        write(p, row, output_column(p, tile, m, 0, g), v + residual[m][n][b]);
+                    } else {
+                        write(p, row, output_column(p, tile, m, 0, g), top + residual[m][n][b]);
+                        write(p, row, output_column(p, tile, m, 1, g), low + residual[m][n][2 + b]);
+                    }
+                }
+            }
+        }
+        if (p.residual) load_residual(p, tile + cluster * at.tile_step, lane, residual);
+    }
+}
+
+// What the next kernel's CTA of the same index reads first goes to the cache, so that memory is busy between kernels.
+__device__ __forceinline__ void prefetch_next(const Params& p) {
+    const int tile = blockIdx.x / p.next_cluster, begin = blockIdx.x % p.next_cluster * p.next_slice;
+    if (!p.next || tile >= p.next_tiles) return;
+    const bool gated = p.next_half != 8ll * p.next_row_bytes;
+    const int group_step = gated ? 8 : 16, bytes = min(p.next_bytes, p.next_row_bytes - begin);
+    const u8* first = p.next + (long long)tile * (p.next_tile_rows / 16) * group_step * p.next_row_bytes + begin;
+    for (int r = 0; r < p.next_tile_rows; r++) {
+        const u8* row = first + (long long)(r / 16 * group_step + r % 8) * p.next_row_bytes + (r % 16 < 8 ? 0 : p.next_half);
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
+    }
+}
+
+// The producer warp's one thread: weights into the ring, stage after stage.
+__device__ __forceinline__ void stream_weights(const Params& p, const Place& at) {
+    u64 once;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    const int segments = (at.bytes + SEGMENT - 1) / SEGMENT;
+    int stage = 0, phase = 0, landed = 0, landed_phase = 0, filled = 0;
+    for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step) {
+        for (int s = 0; s < segments; s++, filled++) {
+            if (filled >= p.in_flight) {
+                barrier_wait(at.base + FULL + landed * 8, landed_phase);
+                if (++landed == p.stages) landed = 0, landed_phase ^= 1;
+            }
+            if (filled >= p.stages) barrier_wait(at.base + EMPTY + stage * 8, phase ^ 1);
+            const u32 full = at.base + FULL + stage * 8;
+            barrier_expect(full, STAGE);  // rows and bytes past the end arrive as zeros
+#pragma unroll
+            for (int group = 0; group < TILE_ROWS / 8; group++)
+                copy_weights(at.ring + stage * STAGE + group * GROUP, p, weight_row(p, tile, group * 8), at.begin / BLOCK + s * BLOCKS, full, once);
+            if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+    }
+    prefetch_next(p);
+}
+
+// A consumer warp: its blocks of every stage, and at a tile's end its partial results.
+__device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at, int warp, int lane) {
+    barrier_wait(at.base + X_FULL, 0);
+    if (p.norm_weight) {
+        norm_x(p, at, warp, lane);
+        asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
+    }
+    // Of a block's eight 16-byte units thread t takes two; with the swizzle of the rows and the pitch of x
+    // no two threads of a quarter warp meet in a bank.
+    const int g = lane / 4, t = lane % 4, segments = (at.bytes + SEGMENT - 1) / SEGMENT;
+    u32 x_row[N_TILES], w_offset[2], x_offset[2];
+#pragma unroll
+    for (int n = 0; n < N_TILES; n++)  // rows past the last are computed from the last, and not written
+        x_row[n] = at.x + min(n * 8 + g, p.rows - 1) * at.x_pitch;
+#pragma unroll
+    for (int round = 0; round < 2; round++) {
+        const int unit = 2 * t + (round ^ (t >> 1));
+        w_offset[round] = g * BLOCK + ((unit ^ g) * 16);
+        x_offset[round] = unit * 16 * X_PER_WEIGHT_BYTE;
+    }
+    int stage = 0, phase = 0, i = 0;
+    for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
+        Sums sums = {};
+        for (int s = 0; s < segments; s++) {
+            const int blocks = (at.bytes - s * SEGMENT) / BLOCK;
+            u32 x_segment[N_TILES];
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_WEIGHT_BYTE;
+            barrier_wait(at.base + FULL + stage * 8, phase);
+            if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, blocks, warp);
+            else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, blocks, warp);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(at.base + EMPTY + stage * 8);
+            if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+        const int buffer = i & 1;
+        if (i > 1) barrier_wait(at.base + PART_EMPTY + buffer * 8, (i / 2 - 1) & 1);
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+                for (int v = 0; v < 4; v++) sums[0][m][n][v] += sums[1][m][n][v];
+                store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + ((m * N_TILES + n) * 32 + lane) * 16, sums[0][m][n]);
+            }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(at.base + PART_FULL + buffer * 8);
+    }
+}
+
+__device__ __forceinline__ void init_barriers(const Params& p, u32 base, int cluster) {
+    for (int s = 0; s < p.stages; s++) {
+        barrier_init(base + FULL + s * 8, 1);
+        barrier_init(base + EMPTY + s * 8, WARPS);
+    }
+    barrier_init(base + X_FULL, 1);
+    barrier_init(base + SQUARES_FULL, 1);
+    for (int b = 0; b < 2; b++) {
+        barrier_init(base + PART_FULL + b * 8, WARPS);
+        barrier_init(base + PART_EMPTY + b * 8, 1);
+        barrier_init(base + PEER_FULL + b * 8, 1);
+        for (int c = 0; c < cluster; c++) barrier_init(base + PEER_EMPTY + (c * 2 + b) * 8, 1);
+    }
+    if (cluster > 1) {
+        barrier_expect(base + SQUARES_FULL, cluster * 64);
+        for (int b = 0; b < 2; b++) barrier_expect(base + PEER_FULL + b * 8, (cluster - 1) * PARTIAL);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) u8 shared[];
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Place at;
+    at.base = (u32)__cvta_generic_to_shared(shared);
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(at.rank));
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(at.cluster));
+    at.first_tile = blockIdx.x / at.cluster, at.tile_step = gridDim.x / at.cluster;
+    at.begin = at.rank * p.slice, at.bytes = min(p.slice, p.k * ELEMENT - at.begin);
+    at.x_pitch = p.slice * X_PER_WEIGHT_BYTE + (ELEMENT == 2 ? 64 : 16);
+    at.peer_slots = at.base + PARTIALS + 2 * WARPS * PARTIAL;
+    at.scales = at.peer_slots + (at.cluster > 1 ? 2 * at.cluster * PARTIAL : 0);
+    at.biases = at.scales + (p.scale ? p.own_tiles * TILE_ROWS * 4 : 0);
+    at.norm = at.biases + (p.bias ? p.own_tiles * TILE_ROWS * 4 : 0);
+    at.x = at.norm + (p.norm_weight ? p.slice * X_PER_WEIGHT_BYTE : 0);
+    at.ring = (at.x + p.rows * at.x_pitch + 1023) / 1024 * 1024;
+
+    if (threadIdx.x == 0) init_barriers(p, at.base, at.cluster);
+    __syncthreads();
+    if (at.cluster > 1) {
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+    if (warp == WARPS) {
+        if (lane == 0) stream_weights(p, at);
+        __syncwarp();
+    } else if (warp == WARPS + 1) {
+        finish_tiles(p, at, lane);
+    } else {
+        multiply_tiles(p, at, warp, lane);
+    }
+    if (at.cluster > 1) {  // no CTA leaves while another may still write to its shared memory
+        __syncwarp();
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    }
+}

@@ -1,0 +1,327 @@
+"""y = W @ x for up to 16 rows on a Hopper GPU, bound by reading W once from memory.
+
+One kernel covers the norm before a product, the int8 or fp8 weights' scales, bias, SiLU gating and
+the residual after it, so that a decoder layer needs four of these and one attention kernel. It
+begins reading weights while the kernel before it still runs; see stream_linear.cu.
+
+Results do not vary between runs: partial sums are added in a fixed order. More rows than MAX_ROWS,
+where a product is no longer bound by the weights, belong to the library's products.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES, Kernel, load_kernel, tensor_map
+
+MAX_ROWS = 16
+"""Rows of x: two of the tensor cores' 8-column operands."""
+
+WEIGHT_KINDS = {torch.bfloat16: 0, torch.float16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
+SHARED_BYTES_OF_TWO = (228 << 10) // 2 - 1024
+"""Shared memory of a CTA that leaves room for one of the next kernel on the same multiprocessor."""
+
+SHARED_BYTES = 200 << 10
+"""Shared memory of a CTA that has its multiprocessor to itself but for small kernels."""
+
+SOURCE = Path(__file__).with_name("stream_linear.cu")
+MIN_STAGES, MAX_STAGES = 3, 16
+SCALE_BYTES = 8 << 10
+"""More than scales and biases take in any shape met; part of whether a configuration fits."""
+
+MAX_CLUSTER = 8
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How one product is split over the GPU; any choice gives the same sums up to their order."""
+
+    cluster: int = 1
+    """CTAs that share a tile and split its K."""
+    tile_rows: int = 16
+    segment_bytes: int = 1024
+    """Of one weight row in a stage of the ring."""
+    warps: int = 8
+    in_flight_bytes: int = 48 << 10
+    """Weights that a CTA asks for at a time; more than the bandwidth needs delays all other loads."""
+    shared_bytes: int = SHARED_BYTES
+    """What the ring may fill; all there is if that leaves too few stages."""
+    prefetch_bytes: int = 64 << 10
+    """Weights that a CTA of the kernel before brings into the L2 cache."""
+    ctas_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class NextWeight:
+    """The weights of the product that follows on the stream, perhaps after kernels of another kind."""
+
+    weight: torch.Tensor
+    gated: bool = False
+    config: StreamConfig | None = None
+
+
+_TensorMap = ctypes.c_ubyte * 128
+
+
+class _Params(ctypes.Structure):
+    """The kernel's parameter; mirrors Params in stream_linear.cu."""
+
+    _fields_ = (
+        ("map", _TensorMap),
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "norm_weight", "residual", "out", "next")),
+        ("next_half", ctypes.c_longlong),
+        *((f"next_{name}", ctypes.c_int) for name in ("row_bytes", "tile_rows", "tiles", "cluster", "slice", "bytes")),
+        *((name, ctypes.c_int) for name in ("n", "k", "rows", "tiles", "own_tiles", "stages", "in_flight")),
+        *((name, ctypes.c_int) for name in ("slice", "gated", "out_float")),
+        ("eps", ctypes.c_float),
+        ("padding", ctypes.c_int * 15),  # to the alignment of 64 bytes
+    )
+
+
+def supports(weight: torch.Tensor, rows: int) -> bool:
+    """Whether `stream_linear` can multiply these weights [n, k] with so many rows on this GPU."""
+    return (
+        0 < rows <= MAX_ROWS
+        and weight.is_cuda
+        and weight.dtype in WEIGHT_KINDS
+        and weight.is_contiguous()
+        and weight.shape[1] * weight.element_size() % 128 == 0
+        and weight.data_ptr() % 16 == 0
+        and torch.cuda.get_device_capability(weight.device) == (9, 0)
+        and _fitting_clusters(weight.shape[1], rows, weight.element_size()) != ()
+    )
+
+
+def default_config(n: int, k: int, rows: int, element_size: int) -> StreamConfig:
+    """The split that was fastest in measurements of whole decode steps."""
+    clusters = _fitting_clusters(k, rows, element_size)
+    return StreamConfig(next((c for c in clusters if rows * k * 2 // c <= 32 << 10), clusters[-1]))
+
+
+def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
+    """The configurations worth timing for these weights, the default first."""
+    n, k = weight.shape
+    found = [default_config(n, k, rows, weight.element_size())]
+    for cluster in _fitting_clusters(k, rows, weight.element_size()):
+        for shape in ({}, {"segment_bytes": 2048}, {"tile_rows": 32, "segment_bytes": 512, "warps": 4}):
+            config = StreamConfig(cluster, **shape)
+            if config not in found and _fits(k, rows, weight.element_size(), config):
+                found.append(config)
+    return tuple(found)
+
+
+def stream_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    out: torch.Tensor | None = None,
+    config: StreamConfig | None = None,
+    next_weight: NextWeight | None = None,
+) -> torch.Tensor:
+    """The product of up to 16 rows, with what stands before and after it in a decoder.
+
+    Args:
+        x: [rows, k] bf16 or fp16, contiguous.
+        weight: [n, k], as x, or int8 or float8_e4m3fn with `scale`; see `supports`.
+        scale: [n] float32.
+        bias: [n], as x.
+        norm_weight: [k], as x: x is first divided by its root mean square and multiplied by this.
+        residual: of the result's shape, as x, added last; may be `out`.
+        gated: the first half of the weights' rows gates the second: silu(first) * second, [rows, n / 2].
+        out: the result's memory, as x or float32.
+        next_weight: what the product after this one reads; a part of it is fetched early.
+    """
+    rows, k = x.shape
+    weight_rows = weight.shape[0]
+    n = weight_rows // 2 if gated else weight_rows
+    if out is None:
+        out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    assert supports(weight, rows) and weight.shape[1] == k and x.is_contiguous() and out.is_contiguous()
+    assert x.dtype == weight.dtype or (weight.element_size() == 1 and x.dtype in (torch.bfloat16, torch.float16))
+    assert out.shape == (rows, n) and out.dtype in (x.dtype, torch.float32)
+    assert scale is None or (scale.dtype == torch.float32 and scale.is_contiguous() and scale.numel() == weight_rows)
+    for vector, length in ((bias, weight_rows), (norm_weight, k), (residual, rows * n)):
+        assert vector is None or (vector.dtype == x.dtype and vector.is_contiguous() and vector.numel() == length)
+    assert x.data_ptr() % 16 == 0 and (norm_weight is None or norm_weight.data_ptr() % 16 == 0)
+
+    size = weight.element_size()
+    config = config or default_config(weight_rows, k, rows, size)
+    vectors = (scale is not None) + (bias is not None)
+    plan = _plan(n, k, rows, size, gated, vectors, norm_weight is not None, config, x.device.index or 0)
+    params = _Params(
+        _TensorMap.from_buffer_copy(_weight_map(weight, config.segment_bytes)),
+        x.data_ptr(),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, norm_weight, residual)),
+        out.data_ptr(),
+        *_prefetch(next_weight, rows),
+        *(n, k, rows, plan.tiles, plan.own_tiles, plan.stages, plan.in_flight),
+        *(plan.slice_bytes, gated, out.dtype == torch.float32),
+        eps,
+    )
+    kernel = _kernel(WEIGHT_KINDS[weight.dtype], x.dtype == torch.float16, 1 if rows <= 8 else 2, config)
+    kernel.launch(plan.grid, (config.warps + 2) * 32, plan.shared_bytes, params, cluster=config.cluster)
+    return out
+
+
+def stream_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """What `stream_linear` computes, in `dtype` throughout and not rounded."""
+    x, weight = x.to(dtype), weight.to(dtype)
+    if norm_weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
+    y = x @ weight.T
+    if scale is not None:
+        y = y * scale.to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = functional.silu(gate) * up
+    return y if residual is None else y + residual.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tiles: int
+    own_tiles: int
+    stages: int
+    in_flight: int
+    grid: int
+    slice_bytes: int
+    shared_bytes: int
+
+
+@functools.cache
+def _plan(
+    n: int,
+    k: int,
+    rows: int,
+    element_size: int,
+    gated: bool,
+    vectors: int,
+    normed: bool,
+    config: StreamConfig,
+    device: int,
+) -> _Plan:
+    """`vectors`: how many of scale and bias there are."""
+    tiles = -(-n // (config.tile_rows // 2 if gated else config.tile_rows))
+    num_ctas = torch.cuda.get_device_properties(device).multi_processor_count * config.ctas_per_sm
+    clusters = min(tiles, num_ctas // config.cluster)
+    own_tiles = -(-tiles // (clusters * config.cluster))
+    head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * config.tile_rows * 4
+    stages = _num_stages(head, config)
+    if not stages:
+        raise ValueError(f"{config} does not fit: x, scales and sums take {head} bytes of {MAX_SHARED_BYTES}")
+    return _Plan(
+        tiles,
+        own_tiles,
+        stages,
+        min(stages, max(1, config.in_flight_bytes // _stage_bytes(config))),
+        clusters * config.cluster,
+        _slice_bytes(k * element_size, config),
+        -(-head // 1024) * 1024 + stages * _stage_bytes(config),
+    )
+
+
+def _prefetch(following: NextWeight | None, rows: int) -> tuple[int | None, ...]:
+    """The parameters from `next` to `next_bytes`: the first stages of each CTA of the next product."""
+    if following is None:
+        return (None, 0, 0, 0, 0, 1, 0, 0)
+    weight_rows, k = following.weight.shape
+    size = following.weight.element_size()
+    config = following.config or default_config(weight_rows, k, rows, size)
+    whole_tiles = weight_rows // config.tile_rows  # a last tile that is not whole is left out
+    half_rows = weight_rows // 2 if following.gated else 8
+    slice_bytes = _slice_bytes(k * size, config)
+    return (
+        following.weight.data_ptr(),
+        half_rows * k * size,
+        *(k * size, config.tile_rows, whole_tiles, config.cluster, slice_bytes),
+        min(slice_bytes, config.prefetch_bytes // config.tile_rows // 16 * 16),
+    )
+
+
+def _weight_map(weight: torch.Tensor, segment_bytes: int) -> bytes:
+    """[k / 128 bytes][n][128 bytes]: a copy brings 8 rows of every 128-byte column, in banks that do not conflict."""
+    row_bytes = weight.shape[1] * weight.element_size()
+    shape = (128, weight.shape[0], row_bytes // 128)
+    return tensor_map(weight.data_ptr(), shape, (row_bytes, 128), (128, 8, segment_bytes // 128))
+
+
+@functools.cache
+def _kernel(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConfig) -> Kernel:
+    return load_kernel(SOURCE, "stream_linear", definitions(weight_kind, x_half, n_tiles, config))
+
+
+def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConfig) -> dict[str, int]:
+    """What the source is compiled with."""
+    return {
+        "WEIGHT_KIND": weight_kind,
+        "X_HALF": int(x_half),
+        "N_TILES": n_tiles,
+        "M_TILES": config.tile_rows // 16,
+        "SEGMENT": config.segment_bytes,
+        "WARPS": config.warps,
+    }
+
+
+def _fitting_clusters(k: int, rows: int, element_size: int) -> tuple[int, ...]:
+    """The cluster sizes that split K evenly enough and leave room for every CTA's part of x."""
+    configs = [StreamConfig(cluster) for cluster in (1, 2, 4, MAX_CLUSTER)]
+    return tuple(config.cluster for config in configs if _fits(k, rows, element_size, config))
+
+
+def _fits(k: int, rows: int, element_size: int, config: StreamConfig) -> bool:
+    row_bytes = k * element_size
+    even = config.cluster == 1 or _slice_bytes(row_bytes, config) * config.cluster <= 1.15 * row_bytes
+    return even and _num_stages(_head_bytes(k, rows, element_size, config, normed=True) + SCALE_BYTES, config) > 0
+
+
+def _num_stages(head_bytes: int, config: StreamConfig) -> int:
+    """Stages of the ring, 0 if there is no room."""
+    for limit in (config.shared_bytes, MAX_SHARED_BYTES):
+        stages = (limit - -(-head_bytes // 1024) * 1024) // _stage_bytes(config)
+        if stages >= MIN_STAGES:
+            return min(stages, MAX_STAGES)
+    return 0
+
+
+def _slice_bytes(row_bytes: int, config: StreamConfig) -> int:
+    """Bytes of a weight row for each CTA of a cluster: whole stages, if there are several."""
+    if config.cluster == 1:
+        return row_bytes
+    return -(-row_bytes // (config.cluster * config.segment_bytes)) * config.segment_bytes
+
+
+def _stage_bytes(config: StreamConfig) -> int:
+    return config.tile_rows * config.segment_bytes
+
+
+def _head_bytes(k: int, rows: int, element_size: int, config: StreamConfig, normed: bool) -> int:
+    """Shared memory ahead of the ring, scales and biases aside; mirrors the layout in stream_linear.cu."""
+    partial = (config.tile_rows // 16) * (1 if rows <= 8 else 2) * 512
+    squares = 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
+    peers = 2 * config.cluster * partial if config.cluster > 1 else 0
+    x_bytes = _slice_bytes(k * element_size, config) * (2 // element_size)
+    x_pitch = x_bytes + (64 if element_size == 2 else 16)
+    return 512 + squares + 2 * config.warps * partial + peers + rows * x_pitch + (x_bytes if normed else 0)

@@ -1,0 +1,83 @@
+"""A decoder's operators on a GPU: weights as the file has them, row by row, in one matrix a product.
+
+One copy of the weights serves the streaming kernel and the libraries. The embedding table lies
+on the GPU.
+"""
+
+import torch
+
+from hasten.errors import UsageError
+from hasten.kernels.cuda.attention import CudaAttention
+from hasten.kernels.cuda.product import CudaProduct
+from hasten.kernels.product import Product
+from hasten.models.config import DecoderConfig
+from hasten.models.decoder import Embed
+from hasten.models.rotary import rotation
+from hasten.models.weights import HEAD, WeightReader, layer_prefix
+from hasten.quantization.rtn import QuantizedWeight
+
+SCHEMES = ("fp32", "bf16", "fp16", "w8a16", "fp8")
+
+COPIES_SHARE = 0.25
+"""int8 weights get 16-bit copies for prompts where those take less than this share of the free memory."""
+
+
+class Operators:
+    """See `models.load.Operators`."""
+
+    def __init__(self, config: DecoderConfig, reader: WeightReader) -> None:
+        if reader.scheme.name not in SCHEMES:
+            raise UsageError(
+                f"the native engine has no scheme {reader.scheme.name} on a GPU; allowed: {', '.join(SCHEMES)}"
+            )
+        self._config, self._reader = config, reader
+        num_weights = sum(rows * columns for rows, columns, _ in reader.linears.values())
+        free_bytes, _ = torch.cuda.mem_get_info()
+        self._has_copies = reader.scheme.name == "w8a16" and 2 * num_weights < free_bytes * COPIES_SHARE
+
+    def product(
+        self, modules: tuple[str, ...], *, norm: str | None = None, is_gated: bool = False, num_rotary: int = 0
+    ) -> CudaProduct:
+        linear = self._reader.joined(modules)
+        if isinstance(linear.weight, QuantizedWeight):
+            weight, scale = linear.weight.codes, linear.weight.scale.flatten().float()
+        else:
+            weight, scale = linear.weight, None
+        return CudaProduct(
+            weight,
+            scale=scale,
+            bias=linear.bias,
+            norm_weight=None if norm is None else self._reader.norm(norm).to(self._reader.dtype),
+            eps=self._config.rms_norm_eps,
+            is_gated=is_gated,
+            out_dtype=torch.float32 if modules == (HEAD,) else None,
+            has_copy=self._has_copies,
+        )
+
+    def embedding(self, head: Product) -> Embed:
+        dtype = self._reader.dtype
+        if self._reader.shares_embedding:
+            assert isinstance(head, CudaProduct) and head.scale is not None, "a quantized head has a scale a row"
+            codes, scale = head.weight, head.scale
+            return lambda token_ids: (codes[token_ids].float() * scale[token_ids].unsqueeze(1)).to(dtype)
+        if isinstance(head, CudaProduct) and self._config.tied_head:
+            table = head.weight
+        else:
+            table = self._reader.embedding().to(dtype)
+        return lambda token_ids: table.index_select(0, token_ids)
+
+    def attention(self) -> CudaAttention:
+        config = self._config
+        norms = [
+            tuple(self._reader.norm(f"{layer_prefix(index)}.self_attn.{name}_norm") for name in "qk")
+            for index in range(config.num_layers if config.qk_norm else 0)
+        ]
+        return CudaAttention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            windows=config.layer_windows,
+            qk_norms=tuple(norms),
+            eps=config.rms_norm_eps,
+            rotation=rotation(config.rotary, "cuda"),
+        )

@@ -1,0 +1,81 @@
+"""`build`: an engine folder for this machine, after a look at whether it will fit.
+
+The memory plan comes first and is only arithmetic; a profile that cannot fit is refused before
+any weight is read.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hasten.artifact import ModelRef, inspect
+from hasten.config import Scheme, scheme_named
+from hasten.engine.build import build
+from hasten.engine.build_profile import MemoryPlan, choose_profile, memory_plan
+from hasten.engine.device import Device, check_scheme, find_device
+from hasten.errors import UsageError
+from hasten.hub import resolve_model
+from hasten.models.config import DecoderConfig
+from hasten.models.weights import check_weights
+from hasten.pipeline.config import BuildConfig
+from hasten.pipeline.progress import OnProgress, Progress, silent
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A build that was looked at and can be carried out."""
+
+    model: ModelRef
+    scheme: Scheme
+    device: Device
+    memory: MemoryPlan
+    output: Path
+
+
+def plan_build(config: BuildConfig) -> BuildPlan:
+    """Checks the model, the machine and the limits; reads no weights.
+
+    Raises:
+        ModelError: the model cannot be used.
+        UsageError: an unknown scheme, profile or device, one that the device cannot run, or the
+            output exists.
+        ResourceError: no GPU, or too little memory; says which limit to lower to what.
+    """
+    scheme = scheme_named(config.scheme)
+    device = find_device(config.device)
+    check_scheme(device, scheme)
+    model = inspect(resolve_model(config.model))
+    output = config.output or Path(f"{Path(model.name).name}-{scheme.name}")
+    if output.exists():
+        raise UsageError(f"{output} exists: name another folder with -o or remove it")
+    decoder = DecoderConfig.from_hf(model.config)
+    check_weights(model, decoder)
+    profile = choose_profile(config.profile, decoder.max_context_tokens, config.max_num_seqs, config.max_model_tokens)
+    return BuildPlan(model, scheme, device, memory_plan(decoder, scheme, profile, device.free_bytes), output)
+
+
+def carry_out(plan: BuildPlan, on_progress: OnProgress = silent) -> Path:
+    """Builds the engine folder and returns it.
+
+    Raises:
+        ResourceError: too little disk.
+    """
+    start_s = time.perf_counter()
+
+    def on_read(num_read: int, num_bytes: int) -> None:
+        share = num_read / num_bytes
+        left_s = (time.perf_counter() - start_s) * (1 / share - 1)
+        on_progress(Progress("build", f"{num_read / 1e9:.1f} of {num_bytes / 1e9:.1f} GB read", share, left_s))
+
+    def on_tune(num_done: int, num_shapes: int) -> None:
+        on_progress(Progress("tune", f"{num_done} of {num_shapes} kernel shapes", num_done / num_shapes, 0.0))
+
+    return build(
+        plan.model.path,
+        plan.scheme.name,
+        plan.output,
+        profile=plan.memory.profile,
+        device=plan.device,
+        on_read=on_read,
+        on_tune=on_tune,
+    )
