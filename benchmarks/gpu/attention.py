@@ -13,7 +13,7 @@ import torch
 
 from hasten.kernels.cuda import elementwise
 from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention
-from hasten.kernels.cuda.prefill_attention import plan_prefill, prefill_attention
+from hasten.kernels.cuda.prefill_attention import PrefillPlan, PromptPlan, prefill_attention
 
 BLOCK_SIZE = 16
 SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
@@ -42,10 +42,11 @@ def median_us(chain: Callable[[], object], launches: int) -> float:
     return statistics.median(times[2:])
 
 
-def read_rate() -> float:
-    """Bytes a second of a sum over 4 GB."""
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy of 4 GB."""
     x = torch.empty(1 << 31, dtype=torch.bfloat16, device="cuda").normal_()
-    return x.nbytes / median_us(lambda: x.view(torch.int32).sum(), 1) * 1e6
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / median_us(lambda: y.copy_(x), 1) * 1e6
 
 
 def time_decode(heads: int, kv_heads: int, head_dim: int, rows: int, context: int) -> tuple[float, float]:
@@ -86,7 +87,7 @@ def time_decode(heads: int, kv_heads: int, head_dim: int, rows: int, context: in
     return median_us(chain, layers), num_bytes
 
 
-def time_prefill(heads: int, kv_heads: int, head_dim: int, tokens: int) -> float:
+def time_prefill(heads: int, kv_heads: int, head_dim: int, tokens: int, has_fixed_length: bool) -> float:
     """Microseconds a layer for one prompt."""
     layers = 8
     with torch.device("cuda"):
@@ -95,9 +96,9 @@ def time_prefill(heads: int, kv_heads: int, head_dim: int, tokens: int) -> float
             for _ in range(layers)
         ]
         cache = torch.empty(tokens // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim, dtype=torch.bfloat16)
-    workspace = DecodeWorkspace(1, heads, head_dim, "cuda")
-    tables = [range(tokens // BLOCK_SIZE)]
-    plan = plan_prefill((0, tokens), (tokens,), tables, block_size=BLOCK_SIZE, workspace=workspace)
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+    bounds = (0, tokens)
+    plan = PrefillPlan(PromptPlan(None, starts, starts, bounds, bounds, None, has_fixed_length), None)
 
     def chain() -> None:
         for each in inputs:
@@ -141,17 +142,20 @@ def time_elementwise(rows: int, hidden: int = 4096, intermediate: int = 14336) -
 
 def main() -> None:
     torch.manual_seed(0)
-    rate = read_rate()
-    print(f"{torch.cuda.get_device_name()}: reads {rate / 1e12:.2f} TB/s")
+    rate = copy_rate()
+    print(f"{torch.cuda.get_device_name()}: copies {rate / 1e12:.2f} TB/s")
     for model, shape in SHAPES.items():
         for rows, context in DECODES:
             us, num_bytes = time_decode(*shape, rows, context)
             share = num_bytes / rate * 1e6 / us
-            print(f"{model:13} decode rows {rows:3} context {context:5} {us:8.2f} us {share:6.1%} of the read rate")
+            print(f"{model:13} decode rows {rows:3} context {context:5} {us:8.2f} us {share:6.1%} of the copy rate")
         for tokens in (128, 512, 2048, 8192):
-            us = time_prefill(*shape, tokens)
+            any_length, fixed_length = (time_prefill(*shape, tokens, has_fixed) for has_fixed in (False, True))
             flops = 2 * tokens * tokens * shape[0] * shape[2]
-            print(f"{model:13} prefill tokens {tokens:5} {us:8.2f} us {flops / us / 1e6:6.0f} TFLOP/s")
+            print(
+                f"{model:13} prefill tokens {tokens:5} {any_length:8.2f} us, fixed length {fixed_length:8.2f} us"
+                f" {flops / fixed_length / 1e6:6.0f} TFLOP/s"
+            )
     for rows in (64, 256, 2048):
         for name, us, num_bytes in time_elementwise(rows):
             print(f"{name:16} rows {rows:4} {us:8.2f} us {num_bytes / us / 1e6:6.2f} TB/s")

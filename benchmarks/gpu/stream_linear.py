@@ -6,10 +6,11 @@ Random weights in the real shapes, different ones in every layer, so nothing sta
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> 
 def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
     """More than `candidates`: also other copies in flight and numbers of warps."""
     k, size = weight.shape[1], weight.element_size()
-    default = module.default_config(*weight.shape, rows, size)
+    default = module.default_config(weight, rows)
     changes: list[dict[str, int]] = [{}]
     changes += [{"in_flight_bytes": kib << 10} for kib in (32, 64, 96)]
     changes += [
@@ -156,32 +157,36 @@ def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
 
 
 def sweep(step: Step, rows: int) -> list[str]:
-    """Milliseconds of a step with one setting changed for all its products."""
-    found = []
-    changes: dict[str, dict[str, int]] = {
-        "two CTAs": {"shared_bytes": module.SHARED_BYTES_OF_TWO},
-        "160 KiB": {"shared_bytes": 160 << 10},
-        "227 KiB": {"shared_bytes": module.MAX_SHARED_BYTES},
-        **{f"flight {kib}": {"in_flight_bytes": kib << 10} for kib in (32, 64, 96, 192)},
-        **{f"prefetch {kib}": {"prefetch_bytes": kib << 10} for kib in (0, 16, 32, 96, 128)},
-        "4 warps": {"warps": 4},
-        "32 rows": {"tile_rows": 32},
-        "2048": {"segment_bytes": 2048},
-    }
+    """Milliseconds of a step with the same settings for all its products, fastest first."""
     matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
-    for name, change in changes.items():
-        configs = {
-            matrix: replace(module.default_config(*weight.shape, rows, weight.element_size()), **change)
-            for matrix, weight in matrices.items()
-        }
-        fits = all(
-            module._fits(weight.shape[1], rows, weight.element_size(), configs[m]) for m, weight in matrices.items()
-        )
-        found.append(f"{name}: {step.time(rows, configs):.3f}" if fits else f"{name}: -")
-    step.prefetch = False
-    found.append(f"no prefetch: {step.time(rows, {}):.3f}")
+    found = []
+    for integer, shared_bytes, spread, flight, prefetch in itertools.product(
+        (False, True) if step.dtype == torch.int8 else (False,),
+        (module.SHARED_BYTES, module.SHARED_BYTES_OF_TWO),
+        (0, 1),
+        (32, 48),
+        (0, 16),
+    ):
+        configs = {}
+        for name, weight in matrices.items():
+            k, size = weight.shape[1], weight.element_size()
+            settings = {
+                "integer": integer,
+                "shared_bytes": shared_bytes,
+                "in_flight_bytes": flight << 10,
+                "prefetch_bytes": prefetch << 10,
+            }
+            fitting = [StreamConfig(cluster, **settings) for cluster in (1, 2, 4, 8)]
+            fitting = [config for config in fitting if module._fits(k, rows, size, config)]
+            if fitting:
+                configs[name] = fitting[min(spread, len(fitting) - 1)]
+        step.prefetch = prefetch > 0
+        clusters = "".join(str(config.cluster) for config in configs.values())
+        label = f"{'integer' if integer else 'float'} {shared_bytes >> 10}K clusters {clusters}"
+        label += f" flight {flight} prefetch {prefetch}"
+        found.append((step.time(rows, configs), label))
     step.prefetch = True
-    return found
+    return [f"{ms:.3f} {label}" for ms, label in sorted(found)]
 
 
 def without_overlap(step: Step, rows: int) -> float:
@@ -214,7 +219,7 @@ def main() -> None:
                 line = f"| {model} | {scheme} | {rows} | {limit_ms:.2f} | {alone_ms:.3f} | {ms:.3f} |"
                 line += f" {limit_ms / ms:.0%} |"
                 if arguments.sweep:
-                    line += " ".join(sweep(step, rows)) + " |"
+                    line += "\n    ".join(sweep(step, rows)) + " |"
                 if arguments.tune:
                     print(line, flush=True)
                     configs = tune(step, rows, deadline, lambda text: print(text, flush=True))

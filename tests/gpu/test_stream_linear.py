@@ -59,7 +59,13 @@ def test_product_is_right(dtype: torch.dtype, weight_dtype: torch.dtype, shape: 
     x = torch.randn(rows, k, device="cuda").to(dtype)
     out = poisoned(rows, n, dtype=dtype)
     stream_linear(x, weight, scale=scale, out=out)
-    assert relative_error(out, stream_linear_reference(x, weight, scale=scale)) < TOLERANCE[dtype]
+    reference = stream_linear_reference(x, weight, scale=scale)
+    assert relative_error(out, reference) < TOLERANCE[dtype]
+    configs = [config for config in candidates(weight, rows) if config.integer]
+    if configs:
+        out = poisoned(rows, n, dtype=torch.float32)
+        stream_linear(x, weight, scale=scale, out=out, config=configs[0])
+        assert relative_error(out, reference) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
@@ -97,7 +103,7 @@ def test_every_candidate_is_right(
     arguments = {"scale": scale, "norm_weight": norm_weight, "eps": 1e-6, "gated": True}
     reference = stream_linear_reference(x, weight, **arguments)
     configs = candidates(weight, rows)
-    assert configs[0] == default_config(2 * n, k, rows, weight.element_size())
+    assert configs[0] == default_config(weight, rows)
     for config in configs:
         out = poisoned(rows, n, dtype=dtype)
         stream_linear(x, weight, out=out, config=config, **arguments)

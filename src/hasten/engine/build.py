@@ -106,6 +106,8 @@ def build(
     finally:
         reader.close()
         shutil.rmtree(partial, ignore_errors=True)
+        if device.kind == "cuda":
+            torch.cuda.empty_cache()  # this process may live on beside the one that runs the engine
     return out
 
 

@@ -38,15 +38,15 @@ class Device:
         return {"device": self.kind, "machine": machine(), "gpu": self.name, "compute_capability": f"{major}.{minor}"}
 
 
-def find_device(kind: str | None) -> Device:
-    """The device of a kind; without one, the GPU if there is one.
+def find_device(kind: str = "auto") -> Device:
+    """The device of a kind, "cpu" or "cuda"; "auto" is the GPU if there is one.
 
     Raises:
         ResourceError: there is no GPU that torch can use.
         UsageError: an unknown kind.
     """
-    if kind not in (None, "cpu", "cuda"):
-        raise UsageError(f"unknown device {kind!r}; allowed: cpu, cuda")
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {kind!r}; allowed: auto, cpu, cuda")
     has_gpu = kind != "cpu" and torch.cuda.is_available()
     if kind == "cuda" and not has_gpu:
         raise ResourceError("there is no NVIDIA GPU that torch can use: hasten doctor says why, or use --device cpu")

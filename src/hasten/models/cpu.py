@@ -4,8 +4,11 @@ The rows of q and k are reordered at load (see `kernels.rotary`). The embedding 
 dense scheme stays in its file, memory-mapped, as a step reads a few of its rows.
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from hasten.errors import UsageError
 from hasten.kernels.attention import CpuAttention
 from hasten.kernels.linear import Int8Linear, Linear, Scratch, dense_linear, quantized_linear
 from hasten.kernels.product import CpuProduct, Product
@@ -21,7 +24,9 @@ from hasten.quantization.rtn import QuantizedWeight
 class Operators:
     """See `models.load.Operators`."""
 
-    def __init__(self, config: DecoderConfig, reader: WeightReader) -> None:
+    def __init__(self, config: DecoderConfig, reader: WeightReader, tuning: Mapping[str, str]) -> None:
+        if reader.scheme.is_fp8:
+            raise UsageError("scheme fp8 runs on NVIDIA GPUs of compute capability 8.9 or newer: use w8a16 on a CPU")
         self._config, self._reader = config, reader
         self._scratch = Scratch()
         self._head: Linear | None = None

@@ -4,11 +4,14 @@ One copy of the weights serves the streaming kernel and the libraries. The embed
 on the GPU.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from hasten.errors import UsageError
 from hasten.kernels.cuda.attention import CudaAttention
 from hasten.kernels.cuda.product import CudaProduct
+from hasten.kernels.cuda.product_tuning import stream_configs
 from hasten.kernels.product import Product
 from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Embed
@@ -25,12 +28,12 @@ COPIES_SHARE = 0.25
 class Operators:
     """See `models.load.Operators`."""
 
-    def __init__(self, config: DecoderConfig, reader: WeightReader) -> None:
+    def __init__(self, config: DecoderConfig, reader: WeightReader, tuning: Mapping[str, str]) -> None:
         if reader.scheme.name not in SCHEMES:
             raise UsageError(
                 f"the native engine has no scheme {reader.scheme.name} on a GPU; allowed: {', '.join(SCHEMES)}"
             )
-        self._config, self._reader = config, reader
+        self._config, self._reader, self._tuning = config, reader, tuning
         num_weights = sum(rows * columns for rows, columns, _ in reader.linears.values())
         free_bytes, _ = torch.cuda.mem_get_info()
         self._has_copies = reader.scheme.name == "w8a16" and 2 * num_weights < free_bytes * COPIES_SHARE
@@ -52,6 +55,7 @@ class Operators:
             is_gated=is_gated,
             out_dtype=torch.float32 if modules == (HEAD,) else None,
             has_copy=self._has_copies,
+            configs=stream_configs(self._tuning, weight, is_gated),
         )
 
     def embedding(self, head: Product) -> Embed:

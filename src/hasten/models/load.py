@@ -5,6 +5,7 @@ attention are computed; they are imported only when that device is asked for.
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,13 @@ from hasten.errors import UsageError
 from hasten.kernels.product import Product
 from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Attention, Decoder, DecoderLayer, Embed
-from hasten.models.weights import FINAL_NORM, HEAD, WeightReader, layer_prefix
+from hasten.models.weights import FINAL_NORM, HEAD, OnRead, WeightReader, layer_prefix
 
 DEVICES = {"cpu": "hasten.models.cpu", "cuda": "hasten.models.cuda"}
 
 
 class Operators(Protocol):
-    """What a device's module has under this name, made from a DecoderConfig and a WeightReader."""
+    """What a device's module has under this name, made from a DecoderConfig, a WeightReader and the tuning."""
 
     def product(
         self, modules: tuple[str, ...], *, norm: str | None = None, is_gated: bool = False, num_rotary: int = 0
@@ -40,11 +41,20 @@ class Operators(Protocol):
     def attention(self) -> Attention: ...
 
 
-def load_decoder(path: Path, scheme: str, device: str) -> Decoder:
+def load_decoder(
+    path: Path,
+    scheme: str,
+    device: str,
+    *,
+    tuning: Mapping[str, str] | None = None,
+    on_read: OnRead | None = None,
+) -> Decoder:
     """Loads a Hugging Face folder, quantizing it if the scheme says so, or an engine folder.
 
     Args:
         device: "cpu" or "cuda".
+        tuning: how kernels run, see `engine.tuning`; without it they choose.
+        on_read: told how many bytes are read, of how many.
 
     Raises:
         ModelError: no model, an unsupported one, or weights that contradict its config.
@@ -55,20 +65,23 @@ def load_decoder(path: Path, scheme: str, device: str) -> Decoder:
         raise UsageError(f"the native engine has no device {device!r}: {nearest(device, DEVICES)}")
     model = inspect(path)
     config = DecoderConfig.from_hf(model.config)
-    reader = WeightReader(model, config, scheme_named(scheme), device)
-    with torch.inference_mode():
-        operators: Operators = importlib.import_module(DEVICES[device]).Operators(config, reader)
-        head = operators.product((HEAD,), norm=FINAL_NORM)
-        layers = tuple(_load_layer(operators, layer_prefix(index)) for index in range(config.num_layers))
-        return Decoder(
-            config=config,
-            dtype=reader.dtype,
-            device=device,
-            embed=operators.embedding(head),
-            layers=layers,
-            head=head,
-            attention=operators.attention(),
-        )
+    reader = WeightReader(model, config, scheme_named(scheme), device, on_read)
+    try:
+        with torch.inference_mode():
+            operators: Operators = importlib.import_module(DEVICES[device]).Operators(config, reader, tuning or {})
+            head = operators.product((HEAD,), norm=FINAL_NORM)
+            layers = tuple(_load_layer(operators, layer_prefix(index)) for index in range(config.num_layers))
+            return Decoder(
+                config=config,
+                dtype=reader.dtype,
+                device=device,
+                embed=operators.embedding(head),
+                layers=layers,
+                head=head,
+                attention=operators.attention(),
+            )
+    finally:
+        reader.close()
 
 
 def _load_layer(operators: Operators, prefix: str) -> DecoderLayer:

@@ -145,7 +145,7 @@ class BuildConfig:
     model: str = option("", "a Hugging Face model folder or hub id")
     scheme: str = option("bf16", "precision of the weights")
     profile: str = option("latency", "limits of the engine: latency or throughput")
-    device: str | None = option(None, "cpu or cuda; default the GPU if there is one")
+    device: Device = option("auto", DEVICE_HELP)
     max_num_seqs: int | None = option(None, "most requests that run at the same time; default the profile's")
     max_model_tokens: int | None = option(None, "most tokens of one request, prompt and output; default the profile's")
     output: Path | None = option(None, "engine folder; default MODEL-SCHEME", flags=("-o", "--output"))

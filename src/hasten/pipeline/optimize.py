@@ -248,7 +248,7 @@ class _Optimization:
         start_s = time.perf_counter()
         with self._schedule.step("prepare", f"{name}, converting the model", f"prepare {name}"):
             self._artifacts[name] = runtime_class(candidate.runtime).prepare(
-                self._prepared.model.path, candidate.scheme, out
+                self._prepared.model.path, candidate.scheme, out, self._prepared.bench.device
             )
         self._update(name, footprint=Footprint(folder_bytes(out), None, time.perf_counter() - start_s, load_s=0.0))
 

@@ -89,11 +89,14 @@ class Runtime(ABC):
         self.config = config
 
     @classmethod
-    def prepare(cls, model: Path, scheme: str, out: Path) -> Path:
+    def prepare(cls, model: Path, scheme: str, out: Path, device: str = "cpu") -> Path:
         """Converts a Hugging Face folder into what `RuntimeConfig.model` must name.
 
         Writes below `out`, which does not exist yet. A runtime that reads the folder as it
         is returns `model` and writes nothing.
+
+        Args:
+            device: where it will run; it may be used for converting, too.
         """
         return model
 

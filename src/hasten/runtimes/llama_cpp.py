@@ -59,7 +59,7 @@ class LlamaCppRuntime(Runtime):
     )
 
     @classmethod
-    def prepare(cls, model: Path, scheme: str, out: Path) -> Path:
+    def prepare(cls, model: Path, scheme: str, out: Path, device: str = "cpu") -> Path:
         """Writes the GGUF file.
 
         Raises:

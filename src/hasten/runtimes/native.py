@@ -5,22 +5,27 @@ and its memory is planned from what is free once the weights are loaded.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from hasten.artifact import inspect
+from hasten.config import scheme_named
 from hasten.engine.build import build
 from hasten.engine.config import EngineConfig, resolve
+from hasten.engine.device import find_device
 from hasten.engine.engine import Engine
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.engine.model_runner import Runner
 from hasten.engine.runners import make_runner
+from hasten.engine.tune import tune_on_gpu
 from hasten.errors import RequestError
 from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
+from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
 from hasten.request import Request, TokenEvent
@@ -58,9 +63,12 @@ class NativeRuntime(Runtime):
         super().__init__(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        batched_tokens = GPU_BATCHED_TOKENS if config.device == "cuda" else CPU_BATCHED_TOKENS
         if is_engine_folder(config.model):
-            read_engine_manifest(config.model)  # refuses a damaged folder before its weights are read
-        decoder = load_decoder(config.model, config.scheme, config.device)
+            manifest = read_engine_manifest(config.model)  # refuses a damaged folder before its weights are read
+            if config.device == "cuda":
+                batched_tokens = manifest.profile.max_num_batched_tokens
+        decoder = load_decoder(config.model, config.scheme, config.device, tuning=_tuning(config))
         self.weight_bytes_per_token = decoder.weight_bytes_per_token
         shape = decoder.config
         self._vocab_size = shape.vocab_size
@@ -69,7 +77,7 @@ class NativeRuntime(Runtime):
         limits = EngineConfig(
             max_num_seqs=config.max_num_seqs,
             max_model_tokens=config.max_model_tokens,
-            max_num_batched_tokens=max(GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS, config.max_num_seqs),
+            max_num_batched_tokens=max(batched_tokens, config.max_num_seqs),
             consecutive_blocks=not on_gpu,
         )
         share = GPU_CACHE_SHARE if on_gpu else CPU_CACHE_SHARE
@@ -82,9 +90,9 @@ class NativeRuntime(Runtime):
         )
 
     @classmethod
-    def prepare(cls, model: Path, scheme: str, out: Path) -> Path:
+    def prepare(cls, model: Path, scheme: str, out: Path, device: str = "cpu") -> Path:
         """Writes an engine folder: weights quantized and packed once instead of at every load."""
-        return build(model, scheme, out)
+        return build(model, scheme, out, device=find_device(device))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
         accepted: list[Request] = []
@@ -131,6 +139,15 @@ class NativeRuntime(Runtime):
 
     def cancel(self, request_id: str) -> None:
         self._engine.abort(request_id)
+
+
+def _tuning(config: RuntimeConfig) -> Mapping[str, str]:
+    """How kernels run on this GPU: from the engine folder or the user's cache, else measured now."""
+    if config.device == "cpu":
+        return {}
+    shape = DecoderConfig.from_hf(inspect(config.model).config)
+    folder = config.model if is_engine_folder(config.model) else None
+    return tune_on_gpu(shape, scheme_named(config.scheme), config.max_num_seqs, folder)
 
 
 def _runner(decoder: Decoder, limits: EngineConfig) -> Runner:

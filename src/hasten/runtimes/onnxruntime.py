@@ -54,7 +54,7 @@ class OnnxRuntimeRuntime(Runtime):
     )
 
     @classmethod
-    def prepare(cls, model: Path, scheme: str, out: Path) -> Path:
+    def prepare(cls, model: Path, scheme: str, out: Path, device: str = "cpu") -> Path:
         """Exports the model.
 
         Raises:

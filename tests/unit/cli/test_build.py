@@ -42,7 +42,7 @@ def test_json_has_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--scheme", "fp9"], 2, "did you mean fp8?"),
         (["--profile", "latenzy"], 2, "did you mean latency?"),
-        (["--device", "gpu"], 2, "allowed: cpu, cuda"),
+        (["--device", "gpu"], 2, "cuda"),
         (["--device", "cpu", "--scheme", "fp8"], 2, "compute capability 8.9"),
         (["--device", "cpu", "--max-model-tokens", "5000"], 2, "ends at 2048"),
         (["--device", "cpu", "--max-num-seqs", "100000000"], 1, "lower --max-num-seqs to"),

@@ -14,7 +14,7 @@ def gpu(major: int, minor: int) -> Device:
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device = find_device(None)
+    device = find_device()
     assert device.kind == "cpu"
     assert device.free_bytes > 0
     assert device.hardware["device"] == "cpu"
@@ -29,7 +29,7 @@ def test_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    device = find_device(None)
+    device = find_device()
     assert device == Device("cuda", "NVIDIA Test", (9, 0), 5)
     assert device.hardware["compute_capability"] == "9.0"
     assert find_device("cpu").kind == "cpu"

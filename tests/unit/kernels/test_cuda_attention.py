@@ -10,16 +10,21 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton")
+pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 
 from triton.runtime import interpreter
 
 from hasten.kernels.attention import attention_reference
 from hasten.kernels.cuda.decode_attention import (
+    CLUSTERS,
+    SOURCE,
     DecodeConfig,
     DecodeWorkspace,
     decode_attention,
     decode_attention_reference,
+    shared_bytes,
 )
+from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES, compile_cubin
 from hasten.kernels.cuda.prefill_attention import plan_prefill, prefill_attention
 
 BLOCK_SIZE = 16
@@ -140,3 +145,19 @@ def test_prefill_equals_reference(chunks: list[tuple[int, int]], window: int | N
     q, k, v = (torch.cat(each) for each in zip(*inputs, strict=True))
     actual = prefill_attention(q, k, v, keys, values, plan, head_dim**-0.5, window)
     torch.testing.assert_close(actual, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_every_division_fits_in_shared_memory() -> None:
+    """For the largest group and heads; divisions are looked up by the number of pairs in order."""
+    limits = [limit for limit, _ in CLUSTERS]
+    assert limits == sorted(set(limits))
+    assert all(shared_bytes(8, 128, config) <= MAX_SHARED_BYTES for _, config in CLUSTERS)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "has_norm"), [(4, 128, False), (7, 96, True), (8, 80, False), (1, 64, True)]
+)
+def test_cluster_kernel_compiles(group: int, head_dim: int, has_norm: bool) -> None:
+    definitions = {"IS_HALF": int(has_norm), "NUM_KV_HEADS": 2, "GROUP": group, "HEAD_DIM": head_dim, "CLUSTER": 2}
+    definitions |= {"WARPS": 4, "STAGES": 3, "HAS_NORM": int(has_norm), "EARLY": 1}
+    assert compile_cubin(SOURCE.read_text(), "sm_90a", definitions)

@@ -48,7 +48,7 @@ static_assert(GROUP <= 8 && HEAD_DIM % 16 == 0 && HEAD_DIM <= 128, "shapes that 
 constexpr int COPIES = 2 * K_CHUNKS + 4 * V_CHUNKS;  // of 16 bytes, by each thread for a block
 static_assert(32 * COPIES * STAGES >= QUADS, "a warp's result fits in its ring");
 
-struct Shared {  // _shared_bytes has its size
+struct Shared {  // shared_bytes has its size
     float4 ring[WARPS][STAGES][COPIES][32];  // at the end, a warp's result is in its ring
     float4 slices[CLUSTER][SLICE];           // of each CTA of the cluster, this CTA's slice
     float2 softmax[WARPS][8];                // maximum and total

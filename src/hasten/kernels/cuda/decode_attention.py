@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 import triton
+from cuda.bindings import driver
 
 from hasten.kernels.attention import attention_reference
 from hasten.kernels.cuda.decode_kernel import decode_kernel
 from hasten.kernels.cuda.elementwise import has_dependent_launch, launch_options
+from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES, Kernel, load_kernel
 from hasten.kernels.rms_norm import rms_norm_reference
 from hasten.kernels.rotary import rotate_reference
 
@@ -35,7 +37,7 @@ MAX_CLUSTER_GROUP = 8
 MAX_SPLITS = 64
 """Programs at most that share the context of one row and key head."""
 
-PROGRAMS = 1024
+PROGRAMS = 2048
 """Programs at most of a launch that splits contexts."""
 
 MIN_GROUP = 16
@@ -77,6 +79,17 @@ class ClusterConfig:
     cluster: int
     warps: int
     stages: int
+
+
+CLUSTERS = (
+    (4, ClusterConfig(16, 8, 2)),
+    (8, ClusterConfig(8, 8, 3)),
+    (16, ClusterConfig(8, 4, 3)),
+    (64, ClusterConfig(2, 8, 3)),
+    (128, ClusterConfig(1, 8, 3)),
+    (256, ClusterConfig(1, 4, 3)),
+)
+"""Up to how many pairs of a row and a key head which division is best; measured, see docs/experiments.md."""
 
 
 class DecodeWorkspace:
@@ -225,11 +238,12 @@ def has_cluster_kernel(dtype: torch.dtype, group: int, keys: torch.Tensor) -> bo
     return is_shape and dtype in (torch.bfloat16, torch.float16) and keys.is_cuda and has_dependent_launch()
 
 
-def choose_cluster(pairs: int) -> ClusterConfig:
-    """The division for this many pairs of a row and a key head; measured, see docs/experiments.md."""
-    if pairs <= 16:
-        return ClusterConfig(16 if pairs <= 8 else 8, 4, 4)
-    return ClusterConfig(4 if pairs <= 32 else 2 if pairs <= 64 else 1, 8 if pairs <= 128 else 4, 3)
+def choose_cluster(pairs: int) -> ClusterConfig | None:
+    """The division for this many pairs of a row and a key head; None: the Triton kernel is faster."""
+    for limit, config in CLUSTERS:
+        if pairs <= limit:
+            return config
+    return None
 
 
 class _Params(ctypes.Structure):
@@ -248,11 +262,7 @@ class _Params(ctypes.Structure):
 @functools.cache
 def _cluster_kernel(
     is_half: bool, num_kv_heads: int, group: int, head_dim: int, config: ClusterConfig, has_norm: bool, is_early: bool
-):
-    from cuda.bindings import driver
-
-    from hasten.kernels.cuda.nvrtc import load_kernel
-
+) -> Kernel:
     definitions = {
         "IS_HALF": int(is_half),
         "NUM_KV_HEADS": num_kv_heads,
@@ -267,11 +277,12 @@ def _cluster_kernel(
     kernel = load_kernel(SOURCE, "decode_attention", definitions)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     (status,) = driver.cuFuncSetAttribute(kernel.function, attribute, 1)
-    assert int(status) == 0, status
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA call failed: {status!r}")
     return kernel
 
 
-def _shared_bytes(group: int, head_dim: int, config: ClusterConfig) -> int:
+def shared_bytes(group: int, head_dim: int, config: ClusterConfig) -> int:
     """`Shared` of decode_attention.cu: rings of 16-byte copies, slices of the result, softmax states."""
     copies = 2 * -(-head_dim // 32) + 4 * -(-head_dim // 64)
     slice_units = -(-group * head_dim // 4 // config.cluster)
@@ -314,8 +325,9 @@ def _launch_cluster(
     is_half = qkv.dtype == torch.float16
     kernel = _cluster_kernel(is_half, num_kv_heads, group, head_dim, config, q_norm is not None, is_early)
     grid = qkv.shape[0] * num_kv_heads * config.cluster
-    shared_bytes = _shared_bytes(group, head_dim, config)
-    kernel.launch(grid, 32 * config.warps, shared_bytes, params, cluster=config.cluster)
+    num_bytes = shared_bytes(group, head_dim, config)
+    assert num_bytes <= MAX_SHARED_BYTES
+    kernel.launch(grid, 32 * config.warps, num_bytes, params, cluster=config.cluster)
 
 
 def _launch(

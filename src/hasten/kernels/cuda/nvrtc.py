@@ -56,6 +56,12 @@ class Kernel:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         _check(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(arguments), 0))
 
+    def resident_clusters(self, block: int, shared_bytes: int, cluster: int) -> int:
+        """How many clusters of CTAs run at the same time."""
+        config = _launch_config(cluster, block, shared_bytes, cluster, False)
+        (count,) = _check(driver.cuOccupancyMaxActiveClusters(self.function, config))
+        return int(count)
+
 
 @functools.lru_cache(maxsize=8192)
 def tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
@@ -148,7 +154,7 @@ def _launch_config(grid: int, block: int, shared_bytes: int, cluster: int, overl
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         attributes.append(attribute)
-    if cluster > 1:
+    if cluster > 1 or not overlap:  # said also where it is 1: a query needs it
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1

@@ -7,13 +7,15 @@ goes through cuBLAS too where there was room for a 16-bit copy of the weights: m
 by arithmetic, which int8 weights do not make less. Without the copy it has a slower kernel.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional
 
 from hasten.kernels.cuda.elementwise import quantize_fp8, rms_norm, rms_norm_fp8, silu_mul
 from hasten.kernels.cuda.int8_matmul import int8_matmul
 from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear, supports
-
+from hasten.kernels.product_shape import ROW_BUCKETS
 
 DEQUANTIZED_ROWS = 8192
 """Rows that are dequantized at a time."""
@@ -29,12 +31,12 @@ class CudaProduct:
         is_gated: the rows are gate and up, and the result is silu(gate) * up.
         out_dtype: of the result; None is that of x.
         has_copy: whether int8 weights also get a 16-bit copy, of bfloat16.
-        config: how the streaming kernel runs; None is its own choice.
+        configs: how the streaming kernel runs, for up to so many rows; its own choice for others.
     """
 
     __slots__ = (
         "_bias",
-        "_config",
+        "_configs",
         "_dense",
         "_eps",
         "_is_gated",
@@ -55,14 +57,14 @@ class CudaProduct:
         eps: float,
         is_gated: bool,
         out_dtype: torch.dtype | None,
-        has_copy: bool = False,
-        config: StreamConfig | None = None,
+        has_copy: bool,
+        configs: Mapping[int, StreamConfig],
     ) -> None:
         self.weight, self.scale = weight, scale
         self._dense = _dequantized(weight, scale) if has_copy else weight
         self.weight_bytes = weight.nbytes + (0 if scale is None else scale.nbytes)
         self._bias, self._norm_weight, self._eps = bias, norm_weight, eps
-        self._is_gated, self._out_dtype, self._config = is_gated, out_dtype, config
+        self._is_gated, self._out_dtype, self._configs = is_gated, out_dtype, configs
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if supports(self.weight, x.shape[0]):
@@ -81,7 +83,7 @@ class CudaProduct:
             residual=residual,
             gated=self._is_gated,
             out=torch.empty(x.shape[0], num_columns, dtype=self._out_dtype or x.dtype, device=x.device),
-            config=self._config,
+            config=self._configs.get(next((most for most in ROW_BUCKETS if x.shape[0] <= most), 0)),
         )
 
     def _library(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -94,9 +96,9 @@ class CudaProduct:
                 assert self.scale is not None
                 y = int8_matmul(x, self.weight, self.scale, self._bias, residual, self._out_dtype)
                 return silu_mul(y) if self._is_gated else y
-            elif residual is not None and self._bias is None:
+            if residual is not None and self._bias is None:
                 return torch.addmm(residual, x, self._dense.T)
-            elif self._out_dtype not in (None, x.dtype):
+            if self._out_dtype not in (None, x.dtype):
                 y = torch.mm(x, self._dense.T, out_dtype=self._out_dtype)
             else:
                 y = functional.linear(x, self._dense, self._bias)

@@ -16,7 +16,10 @@
 // The order in which K is summed is free, so each thread reads 16 contiguous bytes of a weight row and
 // the elements of x that belong to them; the instruction's own element order never matters.
 //
-// Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), X_HALF (0: bf16, 1: fp16),
+// int8 weights either become x's type, or (INTEGER) x becomes 22-bit integers in three 8-bit parts, exact
+// for bf16 elements down to 2^-14 of a row's largest: then no weight is converted.
+//
+// Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), INTEGER, X_HALF (0: bf16, 1: fp16),
 // N_TILES (1: up to 8 rows, 2: up to 16), M_TILES, SEGMENT (bytes of a weight row in a stage), WARPS.
 
 typedef unsigned char u8;
@@ -45,7 +48,11 @@ struct alignas(64) Params {
 
 constexpr int TILE_ROWS = 16 * M_TILES;
 constexpr int ELEMENT = WEIGHT_KIND == 0 ? 2 : 1;
-constexpr int X_PER_WEIGHT_BYTE = 2 / ELEMENT;  // bytes of x that one byte of a weight row meets
+constexpr int X_RAW = 2 / ELEMENT;              // bytes of x that one byte of a weight row meets
+constexpr int PARTS = 3;                        // of x as integers, [part][k] for each row
+constexpr int X_PER_WEIGHT_BYTE = INTEGER ? 1 : X_RAW;  // of one part
+constexpr int X_LOADS = INTEGER ? PARTS : X_RAW;        // of 16 bytes in a round
+constexpr bool NORM_FIRST = X_HALF && !INTEGER;         // fp16's range wants the norm's factor applied to x
 constexpr int STAGE = TILE_ROWS * SEGMENT;      // [8-row group][block][row][128 bytes, swizzled by row]
 constexpr int GROUP = 8 * SEGMENT;
 constexpr int BLOCK = 128;                      // bytes of a weight row in two rounds of products
@@ -60,14 +67,15 @@ static_assert(BLOCKS % WARPS == 0, "a stage's blocks divide between the warps");
 // biases, norm weights, x, ring
 constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_FULL = 264, PART_EMPTY = 280;
 constexpr int PEER_FULL = 296, SQUARES_FULL = 312, PEER_EMPTY = 320;  // PEER_EMPTY: [MAX_CLUSTER][2]
-constexpr int SQUARES_BY_WARP = 512, SQUARES_BY_RANK = SQUARES_BY_WARP + 16 * WARPS * 4;
+constexpr int SQUARES_BY_WARP = 512, LARGEST_BY_WARP = SQUARES_BY_WARP + 16 * WARPS * 4;
+constexpr int SQUARES_BY_RANK = LARGEST_BY_WARP + 16 * WARPS * 4;
 constexpr int PARTIALS = SQUARES_BY_RANK + MAX_CLUSTER * 16 * 4;
 
 // Where things are for this CTA, and its part of K.
 struct Place {
-    u32 base, peer_slots, scales, biases, norm, x, ring;
+    u32 base, peer_slots, scales, biases, norm, raw, x, ring;  // raw: x before it became integers, else x
     int rank, cluster, first_tile, tile_step;
-    int begin, bytes, x_pitch;  // of a weight row: first byte, bytes; of x in shared memory
+    int begin, bytes, x_pitch, raw_pitch;  // of a weight row: first byte, bytes; of x in shared memory
 };
 
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -219,16 +227,42 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-typedef float Sums[2][M_TILES][N_TILES][4];  // two sets, so that a product rarely waits for the one before
+__device__ __forceinline__ void multiply(int (&c)[4], bool is_signed, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (is_signed) {
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    } else {
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+}
+
+// Two sets, so that a product rarely waits for the one before; of integers one for each part.
+#if INTEGER
+typedef int Sums[PARTS][M_TILES][N_TILES][4];
+#else
+typedef float Sums[2][M_TILES][N_TILES][4];
+#endif
 
 // 16 bytes of each of the thread's weight rows with the x that they meet.
 __device__ __forceinline__ void multiply_round(
-    Sums& sums, const uint4 (&w)[M_TILES][2], const uint4 (&x)[N_TILES][X_PER_WEIGHT_BYTE]) {
+    Sums& sums, const uint4 (&w)[M_TILES][2], const uint4 (&x)[N_TILES][X_LOADS]) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
         const u32 top[4] = {w[m][0].x, w[m][0].y, w[m][0].z, w[m][0].w};
         const u32 low[4] = {w[m][1].x, w[m][1].y, w[m][1].z, w[m][1].w};
-#if WEIGHT_KIND == 0
+#if INTEGER
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++)
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+                    const uint4 v = x[n][part];
+                    multiply(sums[part][m][n], part == 0, top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1],
+                             j ? v.z : v.x, j ? v.w : v.y);
+                }
+#elif WEIGHT_KIND == 0
 #pragma unroll
         for (int j = 0; j < 2; j++) {
 #pragma unroll
@@ -256,12 +290,12 @@ __device__ __forceinline__ void multiply_round(
 // One warp's blocks of a stage, in two rounds each. PART: the stage holds only `blocks` of them, K's end.
 template <bool PART>
 __device__ __forceinline__ void multiply_stage(
-    Sums& sums, u32 stage, const u32 (&w_offset)[2], const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], int blocks, int warp) {
+    Sums& sums, u32 stage, const u32 (&w_offset)[2], const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], u32 x_step, int blocks, int warp) {
 #pragma unroll
     for (int i = 0; i < BLOCKS_PER_WARP; i++) {
         const int block = warp + i * WARPS;
         if (PART && block >= blocks) break;
-        uint4 w[2][M_TILES][2], x[2][N_TILES][X_PER_WEIGHT_BYTE];
+        uint4 w[2][M_TILES][2], x[2][N_TILES][X_LOADS];
 #pragma unroll
         for (int round = 0; round < 2; round++) {
 #pragma unroll
@@ -272,8 +306,8 @@ __device__ __forceinline__ void multiply_stage(
 #pragma unroll
             for (int n = 0; n < N_TILES; n++)
 #pragma unroll
-                for (int j = 0; j < X_PER_WEIGHT_BYTE; j++)
-                    x[round][n][j] = load_shared(x_row[n] + block * BLOCK * X_PER_WEIGHT_BYTE + x_offset[round] + j * 16);
+                for (int j = 0; j < X_LOADS; j++)
+                    x[round][n][j] = load_shared(x_row[n] + block * BLOCK * X_PER_WEIGHT_BYTE + x_offset[round] + j * x_step);
         }
 #pragma unroll
         for (int round = 0; round < 2; round++) multiply_round(sums, w[round], x[round]);
@@ -289,11 +323,90 @@ __device__ __forceinline__ int output_column(const Params& p, int tile, int m, i
     return p.gated ? tile * (TILE_ROWS / 2) + m * 8 + g : tile * TILE_ROWS + m * 16 + half * 8 + g;
 }
 
+#if INTEGER
+// An integer's bits are the low ones of its sum with 1.5 * 2^23; it is x * 2^20 over the power of two below the
+// row's largest. `largest`: that element's bits.
+__device__ __forceinline__ u32 exponent_of(u32 largest) { return max(largest >> 23, 25u); }
+__device__ __forceinline__ float to_integer(u32 largest) { return __uint_as_float((274 - exponent_of(largest)) << 23); }
+__device__ __forceinline__ float from_integer(u32 largest) { return __uint_as_float((exponent_of(largest) - 20) << 23); }
+
+__device__ __forceinline__ u32 largest_of_row(u32 base, int row) {
+    u32 largest = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+        largest = max(largest, __float_as_uint(load_shared_float(base + LARGEST_BY_WARP + (row * WARPS + w) * 4)));
+    return largest;
+}
+
+// Eight elements of x, times the norm's weights.
+__device__ __forceinline__ void load_eight(const Params& p, const Place& at, int row, int e, float (&raw)[8], float (&v)[8]) {
+    const uint4 x = load_shared(at.raw + row * at.raw_pitch + e * 2);
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+    uint4 norm;
+    if (p.norm_weight) norm = load_shared(at.norm + e * 2);
+    const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float2 f = unpack(words[j]), w = p.norm_weight ? unpack(norms[j]) : make_float2(1.0f, 1.0f);
+        raw[2 * j] = f.x, raw[2 * j + 1] = f.y;
+        v[2 * j] = f.x * w.x, v[2 * j + 1] = f.y * w.y;
+    }
+}
+
+// This CTA's part of x as integers in parts, highest first; sums of squares and largest elements by warp and row.
+__device__ __forceinline__ void split_x(const Params& p, const Place& at, int warp, int lane) {
+    const int count = at.bytes;
+    float raw[8], v[8];
+    for (int row = 0; row < p.rows; row++) {
+        float squares = 0;
+        u32 largest = 0;
+        for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
+            load_eight(p, at, row, e, raw, v);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                squares += raw[j] * raw[j];
+                largest = max(largest, __float_as_uint(fabsf(v[j])));
+            }
+        }
+        largest = __reduce_max_sync(~0u, largest);
+        if (p.norm_weight) {
+#pragma unroll
+            for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
+        }
+        if (lane == 0) {
+            store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, squares);
+            store_shared_float(at.base + LARGEST_BY_WARP + (row * WARPS + warp) * 4, __uint_as_float(largest));
+        }
+    }
+    asm volatile("bar.sync 2, %0;" ::"n"(WARPS * 32) : "memory");
+    for (int row = 0; row < p.rows; row++) {
+        const float factor = to_integer(largest_of_row(at.base, row));
+        for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
+            load_eight(p, at, row, e, raw, v);
+            u32 part[PARTS][2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 bits[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) bits[j] = __float_as_uint(fmaf(v[h * 4 + j], factor, 12582912.0f));
+                const u32 a = permute(bits[0], bits[1], 0x5140), b = permute(bits[2], bits[3], 0x5140);
+                part[2][h] = permute(a, b, 0x5410), part[1][h] = permute(a, b, 0x7632);
+                const u32 high = permute(permute(bits[0], bits[1], 0x0062), permute(bits[2], bits[3], 0x0062), 0x5410) ^ 0x40404040u;
+                part[0][h] = high | (high & 0x40404040u) << 1;  // less 64: the 0.5 * 2^23 in the sum
+            }
+#pragma unroll
+            for (int i = 0; i < PARTS; i++)
+                asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at.x + row * at.x_pitch + i * p.slice + e), "r"(part[i][0]), "r"(part[i][1]) : "memory");
+        }
+    }
+}
+#endif
+
 // Multiplies this CTA's part of x, in shared memory, with the norm's weights; sums of squares by warp and row.
 // In bf16 the reciprocal root is applied to the product's result; fp16's range wants it applied here.
 __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int warp, int lane) {
     const int count = at.bytes / ELEMENT;
-#if X_HALF
+#if X_HALF  // NORM_FIRST
     for (int row = 0; row < p.rows; row++) {
         float sum = 0;
         for (int e = warp * 256 + lane * 8; e < p.k; e += WARPS * 256) {
@@ -341,9 +454,7 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
 
 // The norm's factor of row `lane % 16`, from all the cluster's sums of squares.
 __device__ __forceinline__ float norm_factor(const Params& p, const Place& at, int lane) {
-#if X_HALF
-    return 1.0f;
-#else
+    if (NORM_FIRST) return 1.0f;
     const int row = lane % 16;
     float sum = 0;
     if (row < p.rows) {
@@ -360,7 +471,6 @@ __device__ __forceinline__ float norm_factor(const Params& p, const Place& at, i
             sum += load_shared_float(at.base + SQUARES_BY_RANK + (from * 16 + row) * 4);
     }
     return rsqrtf(sum / p.k + p.eps);
-#endif
 }
 
 // Scales and biases of the tiles that this CTA writes, as floats: [own tile][tile row].
@@ -402,7 +512,7 @@ __device__ __forceinline__ void write(const Params& p, int row, int column, floa
 __device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int lane) {
     const u32 base = at.base;
     const int g = lane / 4, t = lane % 4, rank = at.rank, cluster = at.cluster;
-    const int x_bytes = at.bytes * X_PER_WEIGHT_BYTE, x_begin = at.begin * X_PER_WEIGHT_BYTE;
+    const int x_bytes = at.bytes * X_RAW, x_begin = at.begin * X_RAW;
     if (p.norm_weight && lane == 0) {
         barrier_expect_only(base + X_FULL, x_bytes);
         bulk_copy(at.norm, p.norm_weight + x_begin, x_bytes, base + X_FULL);
@@ -412,22 +522,24 @@ __device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, i
     wait_for_previous_kernel();
     if (lane == 0) barrier_expect(base + X_FULL, x_bytes * p.rows);
     __syncwarp();
-    if (lane < p.rows) bulk_copy(at.x + lane * at.x_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, base + X_FULL);
+    if (lane < p.rows) bulk_copy(at.raw + lane * at.raw_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, base + X_FULL);
     float residual[M_TILES][N_TILES][4];
     load_residual(p, at.first_tile + rank * at.tile_step, lane, residual);
 
-    float factor[N_TILES][2];
-    if (p.norm_weight) {
-        asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
-        const float own = norm_factor(p, at, lane);
+    if (p.norm_weight || INTEGER) asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
+    const float own_factor = p.norm_weight ? norm_factor(p, at, lane) : 1.0f;
+    float own_unit = 1.0f;  // of this CTA's integers
+#if INTEGER
+    if (lane % 16 < p.rows) own_unit = from_integer(largest_of_row(base, lane % 16));
+#endif
+    float factor[N_TILES][2], unit[N_TILES][2];
 #pragma unroll
-        for (int n = 0; n < N_TILES; n++)
+    for (int n = 0; n < N_TILES; n++)
 #pragma unroll
-            for (int b = 0; b < 2; b++) factor[n][b] = __shfl_sync(~0u, own, n * 8 + 2 * t + b);
-    } else {
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++) factor[n][0] = factor[n][1] = 1.0f;
-    }
+        for (int b = 0; b < 2; b++) {
+            factor[n][b] = __shfl_sync(~0u, own_factor, n * 8 + 2 * t + b);
+            unit[n][b] = __shfl_sync(~0u, own_unit, n * 8 + 2 * t + b);
+        }
     int i = 0;
     for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
         const int owner = i % cluster, own = i / cluster, buffer = i & 1;
@@ -442,6 +554,8 @@ __device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, i
                 const float4 part = load_shared_float4(address + w * PARTIAL);
                 sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
             }
+            const float even = unit[v % N_TILES][0], odd = unit[v % N_TILES][1];
+            if (INTEGER) sum[v].x *= even, sum[v].y *= odd, sum[v].z *= even, sum[v].w *= odd;
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(base + PART_EMPTY + buffer * 8);
@@ -540,13 +654,18 @@ __device__ __forceinline__ void stream_weights(const Params& p, const Place& at)
 // A consumer warp: its blocks of every stage, and at a tile's end its partial results.
 __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at, int warp, int lane) {
     barrier_wait(at.base + X_FULL, 0);
-    if (p.norm_weight) {
-        norm_x(p, at, warp, lane);
+#if INTEGER
+    split_x(p, at, warp, lane);
+#else
+    if (p.norm_weight) norm_x(p, at, warp, lane);
+#endif
+    if (p.norm_weight || INTEGER) {
         asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
     }
     // Of a block's eight 16-byte units thread t takes two; with the swizzle of the rows and the pitch of x
     // no two threads of a quarter warp meet in a bank.
     const int g = lane / 4, t = lane % 4, segments = (at.bytes + SEGMENT - 1) / SEGMENT;
+    const u32 x_step = INTEGER ? p.slice : 16;
     u32 x_row[N_TILES], w_offset[2], x_offset[2];
 #pragma unroll
     for (int n = 0; n < N_TILES; n++)  // rows past the last are computed from the last, and not written
@@ -566,8 +685,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
 #pragma unroll
             for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_WEIGHT_BYTE;
             barrier_wait(at.base + FULL + stage * 8, phase);
-            if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, blocks, warp);
-            else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, blocks, warp);
+            if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
+            else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
             __syncwarp();
             if (lane == 0) barrier_arrive(at.base + EMPTY + stage * 8);
             if (++stage == p.stages) stage = 0, phase ^= 1;
@@ -578,9 +697,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
             for (int n = 0; n < N_TILES; n++) {
+                float values[4];
 #pragma unroll
-                for (int v = 0; v < 4; v++) sums[0][m][n][v] += sums[1][m][n][v];
-                store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + ((m * N_TILES + n) * 32 + lane) * 16, sums[0][m][n]);
+                for (int v = 0; v < 4; v++) {
+#if INTEGER
+                    values[v] = (float)(((long long)sums[0][m][n][v] << 16) + ((long long)sums[1][m][n][v] << 8) + sums[2][m][n][v]);
+#else
+                    values[v] = sums[0][m][n][v] + sums[1][m][n][v];
+#endif
+                }
+                store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + ((m * N_TILES + n) * 32 + lane) * 16, values);
             }
         __syncwarp();
         if (lane == 0) barrier_arrive(at.base + PART_FULL + buffer * 8);
@@ -618,12 +744,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const __g
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(at.cluster));
     at.first_tile = blockIdx.x / at.cluster, at.tile_step = gridDim.x / at.cluster;
     at.begin = at.rank * p.slice, at.bytes = min(p.slice, p.k * ELEMENT - at.begin);
-    at.x_pitch = p.slice * X_PER_WEIGHT_BYTE + (ELEMENT == 2 ? 64 : 16);
+    at.x_pitch = INTEGER ? p.slice * PARTS + 64 : p.slice * X_RAW + (ELEMENT == 2 ? 64 : 16);
+    at.raw_pitch = INTEGER ? p.slice * X_RAW : at.x_pitch;
     at.peer_slots = at.base + PARTIALS + 2 * WARPS * PARTIAL;
     at.scales = at.peer_slots + (at.cluster > 1 ? 2 * at.cluster * PARTIAL : 0);
     at.biases = at.scales + (p.scale ? p.own_tiles * TILE_ROWS * 4 : 0);
     at.norm = at.biases + (p.bias ? p.own_tiles * TILE_ROWS * 4 : 0);
-    at.x = at.norm + (p.norm_weight ? p.slice * X_PER_WEIGHT_BYTE : 0);
+    at.raw = at.norm + (p.norm_weight ? p.slice * X_RAW : 0);
+    at.x = at.raw + (INTEGER ? p.rows * at.raw_pitch : 0);
     at.ring = (at.x + p.rows * at.x_pitch + 1023) / 1024 * 1024;
 
     if (threadIdx.x == 0) init_barriers(p, at.base, at.cluster);

@@ -52,7 +52,8 @@ class StreamConfig:
     """What the ring may fill; all there is if that leaves too few stages."""
     prefetch_bytes: int = 64 << 10
     """Weights that a CTA of the kernel before brings into the L2 cache."""
-    ctas_per_sm: int = 1
+    integer: bool = False
+    """int8 weights meet x as integers of 22 bits, rather than becoming floating point."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,22 @@ def supports(weight: torch.Tensor, rows: int) -> bool:
     )
 
 
-def default_config(n: int, k: int, rows: int, element_size: int) -> StreamConfig:
+def default_config(weight: torch.Tensor, rows: int) -> StreamConfig:
     """The split that was fastest in measurements of whole decode steps."""
-    clusters = _fitting_clusters(k, rows, element_size)
-    return StreamConfig(next((c for c in clusters if rows * k * 2 // c <= 32 << 10), clusters[-1]))
+    clusters = _fitting_clusters(weight.shape[1], rows, weight.element_size())
+    return StreamConfig(clusters[0])
 
 
 def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
     """The configurations worth timing for these weights, the default first."""
-    n, k = weight.shape
-    found = [default_config(n, k, rows, weight.element_size())]
-    for cluster in _fitting_clusters(k, rows, weight.element_size()):
-        for shape in ({}, {"segment_bytes": 2048}, {"tile_rows": 32, "segment_bytes": 512, "warps": 4}):
-            config = StreamConfig(cluster, **shape)
-            if config not in found and _fits(k, rows, weight.element_size(), config):
-                found.append(config)
+    k, size = weight.shape[1], weight.element_size()
+    found = [default_config(weight, rows)]
+    for cluster in _fitting_clusters(k, rows, size):
+        for integer in (False, True) if weight.dtype == torch.int8 else (False,):
+            for shape in ({}, {"segment_bytes": 2048}, {"tile_rows": 32, "segment_bytes": 512, "warps": 4}):
+                config = StreamConfig(cluster, integer=integer, **shape)
+                if config not in found and _fits(k, rows, size, config):
+                    found.append(config)
     return tuple(found)
 
 
@@ -155,7 +157,7 @@ def stream_linear(
     assert x.data_ptr() % 16 == 0 and (norm_weight is None or norm_weight.data_ptr() % 16 == 0)
 
     size = weight.element_size()
-    config = config or default_config(weight_rows, k, rows, size)
+    config = config or default_config(weight, rows)
     vectors = (scale is not None) + (bias is not None)
     plan = _plan(n, k, rows, size, gated, vectors, norm_weight is not None, config, x.device.index or 0)
     params = _Params(
@@ -225,8 +227,7 @@ def _plan(
 ) -> _Plan:
     """`vectors`: how many of scale and bias there are."""
     tiles = -(-n // (config.tile_rows // 2 if gated else config.tile_rows))
-    num_ctas = torch.cuda.get_device_properties(device).multi_processor_count * config.ctas_per_sm
-    clusters = min(tiles, num_ctas // config.cluster)
+    clusters = min(tiles, _resident_clusters(config.cluster, device))
     own_tiles = -(-tiles // (clusters * config.cluster))
     head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * config.tile_rows * 4
     stages = _num_stages(head, config)
@@ -249,7 +250,7 @@ def _prefetch(following: NextWeight | None, rows: int) -> tuple[int | None, ...]
         return (None, 0, 0, 0, 0, 1, 0, 0)
     weight_rows, k = following.weight.shape
     size = following.weight.element_size()
-    config = following.config or default_config(weight_rows, k, rows, size)
+    config = following.config or default_config(following.weight, rows)
     whole_tiles = weight_rows // config.tile_rows  # a last tile that is not whole is left out
     half_rows = weight_rows // 2 if following.gated else 8
     slice_bytes = _slice_bytes(k * size, config)
@@ -269,6 +270,13 @@ def _weight_map(weight: torch.Tensor, segment_bytes: int) -> bytes:
 
 
 @functools.cache
+def _resident_clusters(cluster: int, device: int) -> int:
+    """Clusters that run at once with a multiprocessor for each CTA; all tiles are dealt to these."""
+    kernel = _kernel(0, False, 1, StreamConfig())
+    return kernel.resident_clusters((StreamConfig.warps + 2) * 32, SHARED_BYTES, cluster)
+
+
+@functools.cache
 def _kernel(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConfig) -> Kernel:
     return load_kernel(SOURCE, "stream_linear", definitions(weight_kind, x_half, n_tiles, config))
 
@@ -277,6 +285,7 @@ def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConf
     """What the source is compiled with."""
     return {
         "WEIGHT_KIND": weight_kind,
+        "INTEGER": int(config.integer),
         "X_HALF": int(x_half),
         "N_TILES": n_tiles,
         "M_TILES": config.tile_rows // 16,
@@ -320,8 +329,9 @@ def _stage_bytes(config: StreamConfig) -> int:
 def _head_bytes(k: int, rows: int, element_size: int, config: StreamConfig, normed: bool) -> int:
     """Shared memory ahead of the ring, scales and biases aside; mirrors the layout in stream_linear.cu."""
     partial = (config.tile_rows // 16) * (1 if rows <= 8 else 2) * 512
-    squares = 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
+    squares = 2 * 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
     peers = 2 * config.cluster * partial if config.cluster > 1 else 0
-    x_bytes = _slice_bytes(k * element_size, config) * (2 // element_size)
-    x_pitch = x_bytes + (64 if element_size == 2 else 16)
+    slice_bytes = _slice_bytes(k * element_size, config)
+    x_bytes = slice_bytes * (2 // element_size)
+    x_pitch = x_bytes + 3 * slice_bytes + 64 if config.integer else x_bytes + (64 if element_size == 2 else 16)
     return 512 + squares + 2 * config.warps * partial + peers + rows * x_pitch + (x_bytes if normed else 0)
