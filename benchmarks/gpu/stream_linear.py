@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ MODELS = {
     "qwen": Model(3584, 4608, 18944, 28, 152064, True),
 }
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NORMED = ("qkv", "gate_up", "head")
 NEXT = {"qkv": "o", "o": "gate_up", "gate_up": "down", "down": "qkv", "head": "qkv"}
 Configs = dict[str, StreamConfig | None]
 
@@ -128,7 +129,7 @@ def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> 
     best = step.time(rows, configs)
     matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
     for name in ("gate_up", "down", "qkv", "o", "head"):
-        for config in variants(matrices[name], rows):
+        for config in variants(matrices[name], rows, name in NORMED):
             if time.perf_counter() > deadline:
                 return configs
             ms = step.time(rows, configs | {name: config})
@@ -138,10 +139,10 @@ def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> 
     return configs
 
 
-def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
+def variants(weight: torch.Tensor, rows: int, normed: bool) -> list[StreamConfig]:
     """More than `candidates`: also other copies in flight and numbers of warps."""
     k, size = weight.shape[1], weight.element_size()
-    default = module.default_config(weight, rows)
+    default = module.default_config(weight, rows, normed)
     changes: list[dict[str, int]] = [{}]
     changes += [{"in_flight_bytes": kib << 10} for kib in (32, 64, 96)]
     changes += [
@@ -151,8 +152,8 @@ def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
         {"warps": 4},
         {"segment_bytes": 512, "warps": 4},
     ]
-    clusters = [c for c in module._fitting_clusters(k, rows, size) if default.cluster / 2 <= c <= default.cluster * 2]
-    configs = [StreamConfig(cluster, **change) for cluster in clusters for change in changes]
+    clusters = [c for c in (1, 2, 4, 8) if default.cluster / 2 <= c <= default.cluster * 2]
+    configs = [replace(default, cluster=cluster, **change) for cluster in clusters for change in changes]
     return [config for config in configs if module._fits(k, rows, size, config)]
 
 
@@ -160,9 +161,9 @@ def sweep(step: Step, rows: int) -> list[str]:
     """Milliseconds of a step with the same settings for all its products, fastest first."""
     matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
     found = []
-    for integer, shared_bytes, spread, flight, prefetch in itertools.product(
+    for integer, overlapped, spread, flight, prefetch in itertools.product(
         (False, True) if step.dtype == torch.int8 else (False,),
-        (module.SHARED_BYTES, module.SHARED_BYTES_OF_TWO),
+        (False, True),
         (0, 1),
         (32, 48),
         (0, 16),
@@ -170,9 +171,10 @@ def sweep(step: Step, rows: int) -> list[str]:
         configs = {}
         for name, weight in matrices.items():
             k, size = weight.shape[1], weight.element_size()
+            halves = (module.SHARED_BYTES_ABOVE_HALF, module.SHARED_BYTES_BELOW_HALF)
             settings = {
                 "integer": integer,
-                "shared_bytes": shared_bytes,
+                "shared_bytes": halves[name in NORMED] if overlapped else module.SHARED_BYTES,
                 "in_flight_bytes": flight << 10,
                 "prefetch_bytes": prefetch << 10,
             }
@@ -182,7 +184,7 @@ def sweep(step: Step, rows: int) -> list[str]:
                 configs[name] = fitting[min(spread, len(fitting) - 1)]
         step.prefetch = prefetch > 0
         clusters = "".join(str(config.cluster) for config in configs.values())
-        label = f"{'integer' if integer else 'float'} {shared_bytes >> 10}K clusters {clusters}"
+        label = f"{'integer' if integer else 'float'} {'in turns' if overlapped else 'alone'} clusters {clusters}"
         label += f" flight {flight} prefetch {prefetch}"
         found.append((step.time(rows, configs), label))
     step.prefetch = True
@@ -226,6 +228,7 @@ def main() -> None:
                     tuned_ms = step.time(rows, configs)
                     line += f" {tuned_ms:.3f} | {limit_ms / tuned_ms:.0%} | {configs} |"
                 table.append(line)
+                print(line, flush=True)
             del step
             torch.cuda.empty_cache()
     print("| model | weights | rows | limit, ms | without overlap | default, ms | of the limit | tuned, ms | | |")

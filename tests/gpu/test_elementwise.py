@@ -56,6 +56,27 @@ def test_fp8_rows(dtype: torch.dtype, magnitude: float, width: int) -> None:
         assert bool((error <= expected.abs() / 15 + scales / 500).all())
 
 
+@pytest.mark.parametrize("width", [16, 4096, 14336, 18944])
+@pytest.mark.parametrize("has_more", [False, True])
+def test_late_scales(*, has_more: bool, width: int) -> None:
+    from hasten.kernels.cuda import elementwise
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        x, row_scale, column_scale = torch.randn(33, width).bfloat16(), torch.rand(33, 1), torch.rand(width)
+        bias, residual = (torch.randn(width).bfloat16(), torch.randn(33, width).bfloat16()) if has_more else (None,) * 2
+        gate_up, scales = torch.randn(33, 2 * width), torch.rand(2 * width)
+    expected = x.float() * row_scale * column_scale
+    if bias is not None and residual is not None:
+        expected = expected + bias.float() + residual.float()
+    out = x if residual is None else residual
+    assert elementwise.scale_rows(x, row_scale, column_scale, bias=bias, residual=residual, out=out) is out
+    torch.testing.assert_close(out, expected.bfloat16(), atol=1e-2, rtol=1e-2)
+    late = elementwise.silu_mul_fp8(gate_up, row_scale, scales)
+    for actual, wanted in zip(late, elementwise.silu_mul_fp8(gate_up * row_scale * scales), strict=True):
+        torch.testing.assert_close(actual.float(), wanted.float(), rtol=0.13, atol=1e-6)
+
+
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(
     ("heads", "head_dim"), [((32, 8), 128), ((28, 4), 128), ((8, 8), 64), ((6, 2), 80), ((7, 1), 96)]

@@ -30,6 +30,7 @@ from hasten.engine.folder import (
     write_engine_manifest,
 )
 from hasten.engine.tune import OnTune, tune_on_gpu, write_folder_tuning
+from hasten.engine.tuning import TUNING_NAME
 from hasten.errors import ResourceError, UsageError
 from hasten.models.config import DecoderConfig
 from hasten.models.weights import EMBEDDING, OnRead, WeightReader, norm_shapes
@@ -180,7 +181,7 @@ def _describe(folder: Path, source: ModelRef, reader: WeightReader, profile: Pro
 
 
 def _file_entries(folder: Path) -> dict[str, FileEntry]:
-    paths = sorted(folder.iterdir())
+    paths = sorted(path for path in folder.iterdir() if path.name != TUNING_NAME)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return dict(zip((path.name for path in paths), pool.map(file_entry, paths), strict=True))
 

@@ -99,6 +99,8 @@ class CudaRunner(ModelRunner):
         self._num_steps = 0
         self._sampled_slots: set[int] = set()
         self._graphs: dict[tuple[str, int, bool], StepGraph] = {}
+        self._max_model_tokens = config.max_model_tokens
+        self._max_prompt_tokens = min(config.max_model_tokens, config.max_num_batched_tokens)
         self._prompt_buckets = tuple(size for size in PROMPT_BUCKETS if size <= config.max_num_batched_tokens)
         self._prompt = torch.zeros(4 + 3 * PROMPT_BUCKETS[-1], dtype=torch.int32, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
@@ -109,6 +111,11 @@ class CudaRunner(ModelRunner):
             self._graph("prompt", bucket, is_greedy=True)
         for bucket in reversed(self._buckets):
             self._graph("decode", bucket, is_greedy=True)
+            if self._attention.is_long(bucket, self._max_model_tokens):
+                self._graph("long decode", bucket, is_greedy=True)
+        with torch.inference_mode():
+            if self._kv_cache.keys[0].dtype != torch.float32:
+                self._attention.prepare_prompts(self._max_prompt_tokens, self._kv_cache)
 
     def launch(self, schedule: Schedule) -> Collect:
         decodes = [chunk for chunk in schedule.chunks if chunk.is_decode]
@@ -156,7 +163,8 @@ class CudaRunner(ModelRunner):
         self, chunks: Items[ScheduledChunk], ring: int, *, is_greedy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         bucket = next(bucket for bucket in self._buckets if bucket >= len(chunks))
-        captured = self._graph("decode", bucket, is_greedy=is_greedy)
+        is_long = self._attention.is_long(bucket, max(chunk.start for chunk in chunks) + 1)
+        captured = self._graph("long decode" if is_long else "decode", bucket, is_greedy=is_greedy)
         self._send(chunks, bucket, ring)
         captured.graph.replay()
         return captured.logits, captured.tokens
@@ -291,15 +299,17 @@ class CudaRunner(ModelRunner):
     def _graph(self, kind: str, bucket: int, *, is_greedy: bool) -> StepGraph:
         key = kind, bucket, is_greedy
         if key not in self._graphs:
-            tokens = torch.empty(bucket if kind == "decode" else 1, dtype=torch.int32, device="cuda")
-            step = self._decode_step(bucket) if kind == "decode" else self._prompt_step(bucket)
+            tokens = torch.empty(1 if kind == "prompt" else bucket, dtype=torch.int32, device="cuda")
+            is_long = kind == "long decode"
+            step = self._prompt_step(bucket) if kind == "prompt" else self._decode_step(bucket, is_long=is_long)
             self._graphs[key] = self._captured(step, self._rows(len(tokens)), tokens, is_greedy=is_greedy)
         return self._graphs[key]
 
-    def _decode_step(self, bucket: int) -> Callable[[], torch.Tensor]:
+    def _decode_step(self, bucket: int, *, is_long: bool) -> Callable[[], torch.Tensor]:
         rows = self._rows(bucket)
         token_ids = torch.zeros(bucket, dtype=torch.int32, device="cuda")
-        attend = self._attention.decode(DecodeRows(rows.slots, rows.positions, self._block_tables), self._kv_cache)
+        decode_rows = DecodeRows(rows.slots, rows.positions, self._block_tables)
+        attend = self._attention.decode(decode_rows, self._kv_cache, is_long=is_long)
 
         def step() -> torch.Tensor:
             self._begin(rows, token_ids)

@@ -43,7 +43,7 @@ class EngineManifest:
         overrides: linear modules that have other bits than the scheme, with their bits.
         profile: the limits that it was built for; a folder without has those of "latency".
         hardware, versions: where and with what the folder was written; it also loads elsewhere.
-        files: every other file of the folder, by name.
+        files: every other file of the folder, by name, but the tuning: it changes speed only, and may be replaced.
     """
 
     schema_version: int

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hasten.errors import UsageError
+from hasten.errors import UnsupportedModelError, UsageError
 from hasten.kernels.cuda.attention import CudaAttention
 from hasten.kernels.cuda.product import CudaProduct
 from hasten.kernels.cuda.product_tuning import stream_configs
@@ -24,6 +24,10 @@ SCHEMES = ("fp32", "bf16", "fp16", "w8a16", "fp8")
 COPIES_SHARE = 0.25
 """int8 weights get 16-bit copies for prompts where those take less than this share of the free memory."""
 
+MIN_HEAD_DIM = 10
+MAX_HEAD_BYTES = 512
+"""A head's size, and its bytes once that is rounded up to a power of two: what attention kernels take."""
+
 
 class Operators:
     """See `models.load.Operators`."""
@@ -32,6 +36,13 @@ class Operators:
         if reader.scheme.name not in SCHEMES:
             raise UsageError(
                 f"the native engine has no scheme {reader.scheme.name} on a GPU; allowed: {', '.join(SCHEMES)}"
+            )
+        head_bytes = (1 << (config.head_dim - 1).bit_length()) * reader.dtype.itemsize
+        if config.head_dim < MIN_HEAD_DIM or head_bytes > MAX_HEAD_BYTES:
+            most = MAX_HEAD_BYTES // reader.dtype.itemsize
+            raise UnsupportedModelError(
+                f"the native engine has no GPU kernels for heads of {config.head_dim} in {reader.scheme.name}, "
+                f"only for {MIN_HEAD_DIM} to {most}: use --device cpu or another runtime"
             )
         self._config, self._reader, self._tuning = config, reader, tuning
         num_weights = sum(rows * columns for rows, columns, _ in reader.linears.values())
@@ -72,9 +83,9 @@ class Operators:
 
     def attention(self) -> CudaAttention:
         config = self._config
+        names = [f"{layer_prefix(index)}.self_attn" for index in range(config.num_layers if config.qk_norm else 0)]
         norms = [
-            tuple(self._reader.norm(f"{layer_prefix(index)}.self_attn.{name}_norm") for name in "qk")
-            for index in range(config.num_layers if config.qk_norm else 0)
+            tuple(self._reader.norm(f"{name}.{which}_norm").to(self._reader.dtype) for which in "qk") for name in names
         ]
         return CudaAttention(
             num_heads=config.num_heads,

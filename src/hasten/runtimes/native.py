@@ -15,14 +15,15 @@ import torch
 from hasten.artifact import inspect
 from hasten.config import scheme_named
 from hasten.engine.build import build
+from hasten.engine.build_profile import gib
 from hasten.engine.config import EngineConfig, resolve
-from hasten.engine.device import find_device
+from hasten.engine.device import check_scheme, find_device
 from hasten.engine.engine import Engine
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
 from hasten.engine.model_runner import Runner
 from hasten.engine.runners import make_runner
 from hasten.engine.tune import tune_on_gpu
-from hasten.errors import RequestError
+from hasten.errors import RequestError, ResourceError
 from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.config import DecoderConfig
@@ -63,6 +64,17 @@ class NativeRuntime(Runtime):
         super().__init__(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        device = find_device(config.device)
+        check_scheme(device, scheme_named(config.scheme))
+        try:
+            self._load(config)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{gib(device.free_bytes)} were free on {device.name} and ran out while the model was loaded: use "
+                "w8a16 or fp8, lower max_num_seqs or max_model_tokens, or end what else uses the device"
+            ) from error
+
+    def _load(self, config: RuntimeConfig) -> None:
         batched_tokens = GPU_BATCHED_TOKENS if config.device == "cuda" else CPU_BATCHED_TOKENS
         if is_engine_folder(config.model):
             manifest = read_engine_manifest(config.model)  # refuses a damaged folder before its weights are read
@@ -119,7 +131,7 @@ class NativeRuntime(Runtime):
             start = 0
             for logits in self._engine.prompt_logits(sequence, SCORE_CHUNK_TOKENS):
                 end = start + logits.shape[0]
-                torch.log_softmax(logits, dim=-1, out=torch.from_numpy(logprobs[start:end]))
+                torch.from_numpy(logprobs[start:end]).copy_(logits.log_softmax(dim=-1))
                 start = end
             yield logprobs
 

@@ -54,6 +54,22 @@ def test_fp8_rows(magnitude: float, width: int) -> None:
         assert bool((is_power | (error <= expected.abs() / 15 + amax / 448 / 500)).all())
 
 
+@pytest.mark.parametrize("width", [16, 200])
+@pytest.mark.parametrize("has_more", [False, True])
+def test_late_scales(*, has_more: bool, width: int) -> None:
+    torch.manual_seed(0)
+    x, row_scale, column_scale = torch.randn(5, width), torch.rand(5, 1), torch.rand(width)
+    bias, residual = (torch.randn(width), torch.randn(5, width)) if has_more else (None, None)
+    expected = x * row_scale * column_scale + (bias + residual if has_more else 0)
+    out = x if residual is None else residual
+    assert elementwise.scale_rows(x, row_scale, column_scale, bias=bias, residual=residual, out=out) is out
+    torch.testing.assert_close(out, expected)
+    gate_up, scales = torch.randn(5, 2 * width), torch.rand(2 * width)
+    late = elementwise.silu_mul_fp8(gate_up, row_scale, scales)
+    for actual, wanted in zip(late, elementwise.silu_mul_fp8(gate_up * row_scale * scales), strict=True):
+        torch.testing.assert_close(actual.float(), wanted.float(), rtol=0.13, atol=1e-6)
+
+
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [((2, 2), 64), ((6, 2), 80), ((7, 1), 96), ((8, 2), 128)])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -14,7 +14,7 @@ try:
 except (ImportError, RuntimeError) as error:  # the bindings are there, NVRTC's library is not
     pytest.skip(f"needs NVRTC: {error}", allow_module_level=True)
 
-SHAPES = [StreamConfig(), StreamConfig(segment_bytes=2048), StreamConfig(tile_rows=32, segment_bytes=512, warps=4)]
+SHAPES = [StreamConfig(), StreamConfig(teams=2), StreamConfig(integer=True), StreamConfig(tile_rows=32, warps=4)]
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -22,6 +22,8 @@ SHAPES = [StreamConfig(), StreamConfig(segment_bytes=2048), StreamConfig(tile_ro
     ("weight_kind", "x_half", "n_tiles"), list(itertools.product([0, 1, 2], [False, True], [1, 2]))
 )
 def test_stream_linear_compiles(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConfig) -> None:
+    if config.integer and weight_kind != 1:
+        pytest.skip("integers are for int8 weights")
     given = definitions(weight_kind, x_half, n_tiles, config)
     assert nvrtc.compile_cubin(SOURCE.read_text(), "sm_90a", given)[:4] == b"\x7fELF"
 

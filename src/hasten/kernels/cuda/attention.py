@@ -6,17 +6,26 @@ both, the decode tokens come first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hasten.kernels.attention import Step
-from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention
+from hasten.kernels.cuda.decode_attention import LONG_CONTEXT, LONG_PAIRS, DecodeWorkspace, decode_attention
 from hasten.kernels.cuda.elementwise import rotate_and_write
-from hasten.kernels.cuda.prefill_attention import PrefillPlan, PromptPlan, plan_prefill, prefill_attention
+from hasten.kernels.cuda.prefill_attention import (
+    PrefillPlan,
+    PromptPlan,
+    fixed_length,
+    plan_prefill,
+    prefill_attention,
+)
 from hasten.kernels.kv_cache import KVCache
 
 Attend = Callable[[torch.Tensor, int], torch.Tensor]
+
+MIN_FIXED_TOKENS = 512
+"""A prompt of more tokens that has a step of its own is filled up to a length that recurs, for attention alone."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,31 @@ class CudaAttention:
         self._cos, self._sin = rotations.real.contiguous(), rotations.imag.contiguous()
         self._workspace = DecodeWorkspace(max_num_seqs, self._num_heads, self._head_dim, "cuda")
 
+    def prepare_prompts(self, max_tokens: int, kv_cache: KVCache) -> None:
+        """Has the kernels built for long prompts of up to so many tokens, for each length that recurs."""
+        for length in sorted({fixed_length(count) for count in range(MIN_FIXED_TOKENS + 1, max_tokens + 1)}):
+            heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
+            q, k, v = (kv_cache.keys[0].new_zeros(length, count, self._head_dim) for count in heads)
+            starts, bounds = torch.tensor([0, length], dtype=torch.int32, device="cuda"), (0, length)
+            plan = PrefillPlan(PromptPlan(None, starts, starts, bounds, bounds, None, has_fixed_length=True), None)
+            for window in {*self._windows}:
+                prefill_attention(q, k, v, kv_cache.keys[0], kv_cache.values[0], plan, self._scale, window)
+
     def begin(self, step: Step, kv_cache: KVCache) -> Attend:
         """A step of prompts alone; see `models.decoder.Attend` for what is returned."""
         prompts = Prompts(step.positions, step.slot_mapping, step.cu_seqlens_q, step.context_lens, step.block_tables)
         return self.mixed(None, prompts, kv_cache)
 
-    def decode(self, rows: DecodeRows, kv_cache: KVCache) -> Attend:
-        """A step of decode tokens alone; may be captured in a CUDA graph."""
+    def is_long(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether decode tokens of which one sees this many tokens are a long step, which runs otherwise."""
+        return num_tokens > LONG_CONTEXT and num_rows * self._num_kv_heads <= LONG_PAIRS
+
+    def decode(self, rows: DecodeRows, kv_cache: KVCache, *, is_long: bool = False) -> Attend:
+        """A step of decode tokens alone; may be captured in a CUDA graph.
+
+        Args:
+            is_long: see `is_long`; any step runs either way, one of them is faster.
+        """
 
         def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
             return decode_attention(
@@ -98,6 +125,7 @@ class CudaAttention:
                 scale=self._scale,
                 window=self._windows[layer],
                 workspace=self._workspace,
+                max_context=None if is_long else LONG_CONTEXT,
                 is_early=True,  # the embedding, a kernel without dependent launch, is behind what writes the rows
                 **self._norms(layer),
             )
@@ -114,7 +142,7 @@ class CudaAttention:
             cu_seqlens: [2] int32, 0 and the prompt's length.
         """
         bounds = (0, len(positions))
-        plan = PrefillPlan(PromptPlan(None, cu_seqlens, cu_seqlens, bounds, bounds, None), None)
+        plan = PrefillPlan(PromptPlan(None, cu_seqlens, cu_seqlens, bounds, bounds, None, has_fixed_length=True), None)
         return self._prefill(positions, slot_mapping, plan, kv_cache)
 
     def mixed(self, rows: DecodeRows | None, prompts: Prompts, kv_cache: KVCache) -> Attend:
@@ -128,6 +156,9 @@ class CudaAttention:
             workspace=self._workspace,
         )
 
+        is_whole = tuple(prompts.cu_seqlens_q) == (0, *prompts.context_lens)
+        if rows is None and is_whole and prompts.context_lens[0] > MIN_FIXED_TOKENS:
+            return self._fixed_length(prompts, plan, kv_cache)
         prefill = self._prefill(prompts.positions, prompts.slot_mapping, plan, kv_cache)
         if rows is None:
             return prefill
@@ -138,8 +169,25 @@ class CudaAttention:
 
         return attend
 
+    def _fixed_length(self, prompts: Prompts, plan: PrefillPlan, kv_cache: KVCache) -> Attend:
+        """A step of one long prompt from its first token on."""
+        assert plan.prompts is not None
+        plan = replace(plan, prompts=replace(plan.prompts, has_fixed_length=True))
+        num_tokens = len(prompts.positions)
+        length, like = fixed_length(num_tokens), kv_cache.keys[0]
+        heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
+        q, k, v = (like.new_empty(length, count, self._head_dim) for count in heads)
+        k[num_tokens:], v[num_tokens:] = 0, 0  # what is multiplied by a weight of 0 must be finite
+        attend = self._prefill(prompts.positions, prompts.slot_mapping, plan, kv_cache, (q, k, v))
+        return lambda qkv, layer: attend(qkv, layer)[:num_tokens]
+
     def _prefill(
-        self, positions: torch.Tensor, slot_mapping: torch.Tensor, plan: PrefillPlan, kv_cache: KVCache
+        self,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        plan: PrefillPlan,
+        kv_cache: KVCache,
+        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> Attend:
         def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
             keys, values = kv_cache.keys[layer], kv_cache.values[layer]
@@ -153,6 +201,7 @@ class CudaAttention:
                 values,
                 num_heads=self._num_heads,
                 num_kv_heads=self._num_kv_heads,
+                out=out,
                 **self._norms(layer),
             )
             return prefill_attention(q, k, v, keys, values, plan, self._scale, self._windows[layer])

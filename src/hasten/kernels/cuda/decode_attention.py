@@ -91,6 +91,13 @@ CLUSTERS = (
 )
 """Up to how many pairs of a row and a key head which division is best; measured, see docs/experiments.md."""
 
+LONG_PAIRS = 64
+"""Up to so many pairs the division depends on the context's length, see LONG_CONTEXT."""
+
+
+LONG_CONTEXT = 12288
+"""From so many tokens on the kernel without clusters is faster, whose programs are not tied to each other."""
+
 
 class DecodeWorkspace:
     """Memory for partial results; one serves all launches of a stream."""
@@ -105,6 +112,8 @@ class DecodeWorkspace:
 
 def choose_config(rows: int, num_kv_heads: int, max_context: int) -> DecodeConfig:
     """The division for a batch of this many rows; measured, see docs/experiments.md."""
+    if rows * num_kv_heads >= 1024:
+        return DecodeConfig(32, 16, 1, num_warps=1, num_stages=4)
     tile, tiles_per_split = 64, 1 if rows * num_kv_heads <= 64 else 16
     num_splits = min(MAX_SPLITS, PROGRAMS // (rows * num_kv_heads), -(-max_context // (tile * tiles_per_split)))
     return DecodeConfig(tile, tiles_per_split, max(1, num_splits), num_warps=2, num_stages=3)
@@ -181,13 +190,13 @@ def decode_attention(
         slots: [rows] int32, the row's sequence in block_tables.
         positions: [rows] int32, the token's position; -1 in a padding row, whose result is 0.
         window: tokens that the token sees, itself included; None for all.
-        q_norm, k_norm: [head_dim], weights of an RMSNorm over each head.
+        q_norm, k_norm: [head_dim] as qkv, weights of an RMSNorm over each head.
         out: [rows, num_heads * head_dim].
-        max_context: bounds the tokens of a row; by default what block_tables holds.
+        max_context: tokens of a row that the division is made for; by default what block_tables holds.
         is_early: the earlier tokens' cache, block_tables, slots and positions may be read before
             the preceding kernel has ended. True where nothing in the same graph writes them, or
             where the kernel after the one that does was launched without dependent launch.
-        config: for tuning; by default `choose_config`.
+        config: for tuning; by default `choose_cluster` or `choose_config`.
 
     Returns:
         out.
@@ -196,8 +205,9 @@ def decode_attention(
     out = qkv.new_empty(qkv.shape[0], num_heads * keys.shape[3]) if out is None else out
     norm_and_rotary = (cos, sin, q_norm, k_norm, eps)
     cache = (keys, values, block_tables, slots, positions)
+    max_context = max_context or block_tables.shape[1] * keys.shape[1]
     if config is None and has_cluster_kernel(qkv.dtype, num_heads // num_kv_heads, keys):
-        config = choose_cluster(qkv.shape[0] * num_kv_heads)
+        config = choose_cluster(qkv.shape[0] * num_kv_heads, max_context)
     if isinstance(config, ClusterConfig):
         _launch_cluster(qkv, norm_and_rotary, cache, num_heads, scale, window, out, is_early, config)
         return out
@@ -238,8 +248,10 @@ def has_cluster_kernel(dtype: torch.dtype, group: int, keys: torch.Tensor) -> bo
     return is_shape and dtype in (torch.bfloat16, torch.float16) and keys.is_cuda and has_dependent_launch()
 
 
-def choose_cluster(pairs: int) -> ClusterConfig | None:
+def choose_cluster(pairs: int, max_context: int) -> ClusterConfig | None:
     """The division for this many pairs of a row and a key head; None: the Triton kernel is faster."""
+    if max_context > LONG_CONTEXT and pairs <= LONG_PAIRS:
+        return None
     for limit, config in CLUSTERS:
         if pairs <= limit:
             return config
@@ -304,6 +316,7 @@ def _launch_cluster(
     cos, sin, q_norm, k_norm, eps = norm_and_rotary
     num_kv_heads, head_dim = keys.shape[2:]
     assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and out.is_contiguous()
+    assert all(norm is None or norm.dtype == qkv.dtype for norm in (q_norm, k_norm))
     params = _Params(
         qkv.data_ptr(),
         cos.data_ptr(),

@@ -1,8 +1,9 @@
 """What lies between the products of a prefill or a big decode batch: norms, rotary with the cache write, SiLU·mul.
 
 Each is one pass over its rows, computed in float32. The fp8 variants return what a product
-with per-token activation scales takes: codes and one scale a row, amax / 448. On Hopper the
-kernels start while their predecessor still runs and wait for it before their first read.
+with per-token activation scales takes: codes and one scale a row, amax / 448. `scale_rows` and
+`silu_mul_fp8` can apply the scales of a product that left them out. On Hopper the kernels start
+while their predecessor still runs and wait for it before their first read.
 
 Which step needs which kernel is decided by the model; the products are elsewhere.
 """
@@ -115,10 +116,13 @@ def _rms_norm_kernel(
 @triton.jit
 def _silu_mul_kernel(
     gate_up,
+    row_scale,
+    column_scale,
     out,
     scales,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     TO_FP8: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -127,15 +131,52 @@ def _silu_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
+    if HAS_SCALES:
+        gate_scale = tl.load(column_scale + columns, mask=mask, other=0.0)
+        up_scale = tl.load(column_scale + WIDTH + columns, mask=mask, other=0.0)
     begin(PDL)
     start = gate_up + row * (2 * WIDTH)
     gate = tl.load(start + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(start + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALES:
+        factor = tl.load(row_scale + row)
+        gate *= gate_scale * factor
+        up *= up_scale * factor
     y = gate / (1.0 + tl.exp(-gate)) * up
     if TO_FP8:
         _store_fp8(out, scales, row, columns, mask, y, WIDTH, LARGEST, SMALLEST)
     else:
         tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    x,
+    row_scale,
+    column_scale,
+    bias,
+    residual,
+    out,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    scale = tl.load(column_scale + columns, mask=mask, other=0.0)
+    if HAS_BIAS:
+        offset = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    begin(PDL)
+    y = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    y *= scale * tl.load(row_scale + row)
+    if HAS_BIAS:
+        y += offset
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -218,16 +259,59 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Te
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width) if out is None else out
     block = min(4096, triton.next_power_of_2(width))
-    _silu_kernel(gate_up, out, None, width, block)
+    _silu_kernel(gate_up, None, None, out, None, width, block)
     return out
 
 
-def silu_mul_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up as float8_e4m3fn codes [rows, width] and float32 scales [rows, 1]."""
+def silu_mul_fp8(
+    gate_up: torch.Tensor, row_scale: torch.Tensor | None = None, column_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up as float8_e4m3fn codes [rows, width] and float32 scales [rows, 1].
+
+    Args:
+        row_scale, column_scale: [rows, 1] and [2 * width] float32, what gate_up is still to be multiplied by.
+    """
     width = gate_up.shape[1] // 2
     codes, scales = _fp8_outputs(gate_up, width)
-    _silu_kernel(gate_up, codes, scales, width, triton.next_power_of_2(width))
+    _silu_kernel(gate_up, row_scale, column_scale, codes, scales, width, triton.next_power_of_2(width))
     return codes, scales
+
+
+def scale_rows(
+    x: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """x * row_scale * column_scale + bias + residual; out may be x or residual.
+
+    Args:
+        x, residual, out: [rows, width].
+        row_scale, column_scale: [rows, 1] and [width] float32.
+        bias: [width].
+    """
+    rows, width = x.shape
+    assert x.is_contiguous() and out.is_contiguous() and (residual is None or residual.is_contiguous())
+    block = min(4096, triton.next_power_of_2(width))
+    _scale_rows_kernel[(rows, triton.cdiv(width, block))](
+        x,
+        row_scale,
+        column_scale,
+        bias,
+        residual,
+        out,
+        WIDTH=width,
+        BLOCK=block,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        PDL=has_dependent_launch(),
+        num_warps=_num_warps(block),
+        **launch_options(),
+    )
+    return out
 
 
 def rotate_and_write(
@@ -244,6 +328,7 @@ def rotate_and_write(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits a step's qkv, normalizes (if given) and rotates q and k, and writes k and v into the cache.
 
@@ -254,15 +339,17 @@ def rotate_and_write(
         slot_mapping: [num_tokens] int32 or int64, where a token's k and v go; a negative slot is skipped.
         keys, values: one layer's cache, [num_blocks, block_size, num_kv_heads, head_dim].
         q_norm, k_norm: [head_dim], weights of an RMSNorm over each head.
+        out: memory for what is returned; it may have room for more tokens.
 
     Returns:
-        q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], contiguous.
+        q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], contiguous; or out.
     """
     num_tokens, head_dim = qkv.shape[0], keys.shape[3]
     assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
     assert (q_norm is None) == (k_norm is None)
-    q = qkv.new_empty(num_tokens, num_heads, head_dim)
-    k, v = (qkv.new_empty(num_tokens, num_kv_heads, head_dim) for _ in range(2))
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    q, k, v = out or tuple(qkv.new_empty(num_tokens, count, head_dim) for count in heads)
+    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and len(q) >= num_tokens
     _rotate_and_write_kernel[(num_tokens,)](
         qkv,
         cos,
@@ -320,14 +407,25 @@ def _row_kernel(
     )
 
 
-def _silu_kernel(gate_up: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None, width: int, block: int) -> None:
+def _silu_kernel(
+    gate_up: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    column_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    width: int,
+    block: int,
+) -> None:
     assert gate_up.is_contiguous() and out.is_contiguous()
     _silu_mul_kernel[(gate_up.shape[0], triton.cdiv(width, block))](
         gate_up,
+        row_scale,
+        column_scale,
         out,
         scales,
         WIDTH=width,
         BLOCK=block,
+        HAS_SCALES=row_scale is not None,
         TO_FP8=scales is not None,
         LARGEST=FP8_MAX,
         SMALLEST=MIN_AMAX,

@@ -30,8 +30,9 @@ class PromptPlan:
         starts_q, starts_k: [num_seqs + 1] int32, and the same on the host.
         slots: of all tokens of their contexts, [num_keys] int32; None if they are in this step.
         has_fixed_length: one sequence from its first token on, in a step whose number of tokens
-            recurs: cuDNN's kernel, twice as fast, is built for each length anew (0.03 to 0.4 s).
-            Tokens past the sequence's end may follow; what is returned for them means nothing.
+            recurs: cuDNN's kernel, twice as fast, is built for each length anew (0.03 s). Tokens
+            past the sequence's end may follow, of finite k and v; what is returned for them means
+            nothing.
     """
 
     rows: torch.Tensor | None
@@ -72,6 +73,12 @@ class PrefillPlan:
 
     prompts: PromptPlan | None
     decodes: DecodePlan | None
+
+
+def fixed_length(num_tokens: int) -> int:
+    """The recurring length that a prompt's attention is filled up to: a quarter of a power of two, at least 256."""
+    step = max(256, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    return -(-num_tokens // step) * step
 
 
 def plan_prefill(
@@ -196,7 +203,7 @@ def _prompts(
     """q of the prompts alone; k and v too, where their whole contexts are in this step."""
     if plan.slots is not None:
         k, v = (cache.flatten(0, 1).index_select(0, plan.slots) for cache in (keys, values))
-    if q.dtype == torch.float32 or not q.is_cuda:
+    if q.dtype == torch.float32 or not q.is_cuda or q.shape[2] % 8:  # flash attention's heads are multiples of 8
         return _sdpa(q, k, v, plan, scale, window)
     if plan.has_fixed_length and (window is None or len(q) <= window):
         heads = [each.transpose(0, 1).unsqueeze(0) for each in (q, k, v)]

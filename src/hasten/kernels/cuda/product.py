@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from hasten.kernels.cuda.elementwise import quantize_fp8, rms_norm, rms_norm_fp8, silu_mul
+from hasten.kernels.cuda.elementwise import quantize_fp8, rms_norm, rms_norm_fp8, scale_rows, silu_mul, silu_mul_fp8
 from hasten.kernels.cuda.int8_matmul import int8_matmul
 from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear, supports
 from hasten.kernels.product_shape import ROW_BUCKETS
@@ -20,9 +20,26 @@ from hasten.kernels.product_shape import ROW_BUCKETS
 DEQUANTIZED_ROWS = 8192
 """Rows that are dequantized at a time."""
 
+MAX_UNSCALED_ROWS = 512
+"""Up to so many rows an fp8 product leaves its scales to the kernel behind it: cuBLAS has kernels for
+few rows, but only one, made for many, that applies a scale to each row and column."""
+
+
+class Fp8Rows(torch.Tensor):
+    """float8_e4m3fn codes [rows, width] with their `scale`, float32 [rows, 1]: what a gated product hands on."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    scale: torch.Tensor
+
+    @staticmethod
+    def of(codes: torch.Tensor, scale: torch.Tensor) -> "Fp8Rows":
+        rows = codes.as_subclass(Fp8Rows)
+        rows.scale = scale
+        return rows
+
 
 class CudaProduct:
-    """See `kernels.product.Product`.
+    """See `kernels.product.Product`. A gated fp8 product of many rows gives Fp8Rows, which the next one takes.
 
     Args:
         weight: [out_features, in_features] row-major: float32, float16, bfloat16, int8 or float8_e4m3fn.
@@ -41,6 +58,7 @@ class CudaProduct:
         "_eps",
         "_is_gated",
         "_norm_weight",
+        "_one",
         "_out_dtype",
         "scale",
         "weight",
@@ -61,13 +79,14 @@ class CudaProduct:
         configs: Mapping[int, StreamConfig],
     ) -> None:
         self.weight, self.scale = weight, scale
-        self._dense = _dequantized(weight, scale) if has_copy else weight
+        self._dense = _dequantized(weight, scale) if has_copy or _is_odd(weight, is_gated) else weight
         self.weight_bytes = weight.nbytes + (0 if scale is None else scale.nbytes)
         self._bias, self._norm_weight, self._eps = bias, norm_weight, eps
         self._is_gated, self._out_dtype, self._configs = is_gated, out_dtype, configs
+        self._one = torch.ones((), device=weight.device)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if supports(self.weight, x.shape[0]):
+        if not isinstance(x, Fp8Rows) and supports(self.weight, x.shape[0]):
             return self._stream(x, residual)
         return self._library(x, residual)
 
@@ -87,30 +106,61 @@ class CudaProduct:
         )
 
     def _library(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if self.weight.dtype == torch.float8_e4m3fn:
-            y = self._fp8(x)
+        if self._dense.dtype == torch.float8_e4m3fn:
+            return self._fp8(x, residual)
+        if self._norm_weight is not None:
+            x = rms_norm(x, self._norm_weight, self._eps)
+        if self._dense.dtype == torch.int8:
+            assert self.scale is not None
+            y = int8_matmul(x, self.weight, self.scale, self._bias, residual, self._out_dtype)
+            return silu_mul(y) if self._is_gated else y
+        if residual is not None and self._bias is None:
+            return residual.addmm_(x, self._dense.T)  # in place: addmm would copy it first
+        if self._out_dtype not in (None, x.dtype):
+            y = torch.mm(x, self._dense.T, out_dtype=self._out_dtype)
         else:
-            if self._norm_weight is not None:
-                x = rms_norm(x, self._norm_weight, self._eps)
-            if self._dense.dtype == torch.int8:
-                assert self.scale is not None
-                y = int8_matmul(x, self.weight, self.scale, self._bias, residual, self._out_dtype)
-                return silu_mul(y) if self._is_gated else y
-            if residual is not None and self._bias is None:
-                return torch.addmm(residual, x, self._dense.T)
-            if self._out_dtype not in (None, x.dtype):
-                y = torch.mm(x, self._dense.T, out_dtype=self._out_dtype)
-            else:
-                y = functional.linear(x, self._dense, self._bias)
+            y = functional.linear(x, self._dense, self._bias)
         if residual is not None:
             y += residual
         return silu_mul(y) if self._is_gated else y
 
-    def _fp8(self, x: torch.Tensor) -> torch.Tensor:
+    def _fp8(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Summed by the tensor cores alone (fast accumulation): their error is far below that of the codes."""
         assert self.scale is not None
-        codes, scale = quantize_fp8(x) if self._norm_weight is None else rms_norm_fp8(x, self._norm_weight, self._eps)
-        y = torch._scaled_mm(codes, self.weight.T, scale, self.scale.unsqueeze(0), self._bias, out_dtype=x.dtype)
-        return y if self._out_dtype is None else y.to(self._out_dtype)
+        codes, scale = self._codes(x)
+        if len(codes) > MAX_UNSCALED_ROWS or (self._is_gated and self._bias is not None):
+            y = self._scaled_mm(codes, scale, self.scale.unsqueeze(0), self._bias)
+            if self._is_gated:
+                return Fp8Rows.of(*silu_mul_fp8(y))
+            if residual is not None:
+                return residual.add_(y)
+            return y if self._out_dtype is None else y.to(self._out_dtype)
+        y = self._scaled_mm(codes, self._one, self._one, None)
+        if self._is_gated:
+            return Fp8Rows.of(*silu_mul_fp8(y, scale, self.scale))
+        out = y if residual is None else residual
+        if self._out_dtype not in (None, y.dtype):
+            out = torch.empty_like(y, dtype=self._out_dtype)
+        return scale_rows(y, scale, self.scale, bias=self._bias, residual=residual, out=out)
+
+    def _codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(x, Fp8Rows):
+            return x.as_subclass(torch.Tensor), x.scale
+        return quantize_fp8(x) if self._norm_weight is None else rms_norm_fp8(x, self._norm_weight, self._eps)
+
+    def _scaled_mm(
+        self, codes: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return torch._scaled_mm(
+            codes, self._dense.T, scale, weight_scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+
+def _is_odd(weight: torch.Tensor, is_gated: bool) -> bool:
+    """Whether the library has no product of these weights or of their result: its fp8 products go by blocks of 16."""
+    rows_out, rows_in = weight.shape
+    is_even = rows_out % (32 if is_gated else 16) == 0 and rows_in % 16 == 0
+    return weight.dtype == torch.float8_e4m3fn and not is_even
 
 
 def _dequantized(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

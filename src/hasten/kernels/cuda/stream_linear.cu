@@ -1,8 +1,8 @@
 // y = W @ x for 1 to 16 rows of x, bound by reading W once from memory.
 //
 // A cluster of CTAs owns tiles of 16 * M_TILES weight rows and splits their K between its CTAs. In a CTA
-// one warp keeps a ring of shared-memory stages filled by the tensor copy engine, WARPS warps split a
-// stage's K and multiply on the tensor cores (weights are the 16-row operand, x the 8-column one), and
+// one warp keeps a ring of shared-memory stages filled by the tensor copy engine, TEAMS teams of warps take
+// stages in turn, the warps of a team split a stage's K and multiply on the tensor cores (weights are the 16-row operand, x the 8-column one), and
 // one warp sums their partial results and writes the output. Sums are taken in a fixed order: no atomics.
 //
 // Launched with programmatic stream serialization, a kernel starts while the one before it still runs
@@ -20,7 +20,7 @@
 // for bf16 elements down to 2^-14 of a row's largest: then no weight is converted.
 //
 // Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), INTEGER, X_HALF (0: bf16, 1: fp16),
-// N_TILES (1: up to 8 rows, 2: up to 16), M_TILES, SEGMENT (bytes of a weight row in a stage), WARPS.
+// N_TILES (1: up to 8 rows, 2: up to 16), M_TILES, SEGMENT (bytes of a weight row in a stage), WARPS, TEAMS.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -57,11 +57,12 @@ constexpr int STAGE = TILE_ROWS * SEGMENT;      // [8-row group][block][row][128
 constexpr int GROUP = 8 * SEGMENT;
 constexpr int BLOCK = 128;                      // bytes of a weight row in two rounds of products
 constexpr int BLOCKS = SEGMENT / BLOCK;
-constexpr int BLOCKS_PER_WARP = BLOCKS / WARPS;
+constexpr int TEAM = WARPS / TEAMS;              // warps of a team
+constexpr int BLOCKS_PER_WARP = BLOCKS / TEAM;
 constexpr int PARTIAL = M_TILES * N_TILES * 32 * 16;  // bytes of one warp's partial results
 constexpr int MAX_CLUSTER = 8;
 constexpr int THREADS = (WARPS + 2) * 32;
-static_assert(BLOCKS % WARPS == 0, "a stage's blocks divide between the warps");
+static_assert(BLOCKS % TEAM == 0 && WARPS % TEAMS == 0, "a stage's blocks divide between a team's warps");
 
 // shared memory: barriers, sums of squares, two buffers of partial results, those of the cluster, scales,
 // biases, norm weights, x, ring
@@ -293,7 +294,7 @@ __device__ __forceinline__ void multiply_stage(
     Sums& sums, u32 stage, const u32 (&w_offset)[2], const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], u32 x_step, int blocks, int warp) {
 #pragma unroll
     for (int i = 0; i < BLOCKS_PER_WARP; i++) {
-        const int block = warp + i * WARPS;
+        const int block = warp % TEAM + i * TEAM;
         if (PART && block >= blocks) break;
         uint4 w[2][M_TILES][2], x[2][N_TILES][X_LOADS];
 #pragma unroll
@@ -402,14 +403,14 @@ __device__ __forceinline__ void split_x(const Params& p, const Place& at, int wa
 }
 #endif
 
-// Multiplies this CTA's part of x, in shared memory, with the norm's weights; sums of squares by warp and row.
-// In bf16 the reciprocal root is applied to the product's result; fp16's range wants it applied here.
-__device__ __forceinline__ void norm_x(const Params& p, const Place& at, int warp, int lane) {
-    const int count = at.bytes / ELEMENT;
-#if X_HALF  // NORM_FIRST
-    for (int row = 0; row < p.rows; row++) {
+#if !INTEGER
+#if X_HALF
+// The norm's factors of all rows into the first column of SQUARES_BY_WARP, from all of x.
+__device__ __forceinline__ void find_factors(const Params& p, const Place& at, int warp, int lane) {
+    for (int row = warp; row < p.rows; row += WARPS) {
         float sum = 0;
-        for (int e = warp * 256 + lane * 8; e < p.k; e += WARPS * 256) {
+#pragma unroll 4
+        for (int e = lane * 8; e < p.k; e += 256) {
             const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.x + ((long long)row * p.k + e) * 2));
             const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -420,37 +421,65 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
         }
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, sum);
+        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + row * WARPS * 4, rsqrtf(sum / p.k + p.eps));
     }
     asm volatile("bar.sync 2, %0;" ::"n"(WARPS * 32) : "memory");
+}
 #endif
-    for (int row = 0; row < p.rows; row++) {
-        float factor = 1.0f, squares = 0;
+
+// Multiplies this CTA's part of x, in shared memory, with the norm's weights; sums of squares by warp and row.
+// In bf16 the reciprocal root is applied to the product's result; fp16's range wants it applied here.
+__device__ __forceinline__ void norm_x(const Params& p, const Place& at, int warp, int lane) {
+    constexpr int ROWS = 4;  // at a time, so that their latencies overlap
+    const int count = at.bytes / ELEMENT;
 #if X_HALF
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += load_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + w) * 4);
-        factor = rsqrtf(sum / p.k + p.eps);
+    find_factors(p, at, warp, lane);
+#endif
+    for (int row0 = 0; row0 < p.rows; row0 += ROWS) {
+#if !X_HALF
+        float squares[ROWS] = {};
 #endif
         for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
-            const uint4 v = load_shared(at.x + row * at.x_pitch + e * 2), norm = load_shared(at.norm + e * 2);
+            const uint4 norm = load_shared(at.norm + e * 2);
             const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
-            u32 words[4] = {v.x, v.y, v.z, v.w};
+            uint4 x[ROWS];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float2 f = unpack(words[j]), w = unpack(norms[j]);
-                squares += f.x * f.x + f.y * f.y;
-                words[j] = pack(f.x * factor * w.x, f.y * factor * w.y);
+            for (int r = 0; r < ROWS; r++)
+                if (row0 + r < p.rows) x[r] = load_shared(at.x + (row0 + r) * at.x_pitch + e * 2);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                if (row0 + r >= p.rows) continue;
+                u32 words[4] = {x[r].x, x[r].y, x[r].z, x[r].w};
+#if X_HALF
+                const float factor = load_shared_float(at.base + SQUARES_BY_WARP + (row0 + r) * WARPS * 4);
+#endif
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float2 f = unpack(words[j]);
+#if X_HALF
+                    const float2 w = unpack(norms[j]);
+                    words[j] = pack(f.x * factor * w.x, f.y * factor * w.y);
+#else
+                    squares[r] += f.x * f.x + f.y * f.y;
+                    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[j]) : "r"(norms[j]));
+#endif
+                }
+                store_shared(at.x + (row0 + r) * at.x_pitch + e * 2, make_uint4(words[0], words[1], words[2], words[3]));
             }
-            store_shared(at.x + row * at.x_pitch + e * 2, make_uint4(words[0], words[1], words[2], words[3]));
         }
 #if !X_HALF
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, squares);
+        for (int offset = 16; offset > 0; offset /= 2)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) squares[r] += __shfl_xor_sync(~0u, squares[r], offset);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (lane == 0 && row0 + r < p.rows)
+                store_shared_float(at.base + SQUARES_BY_WARP + ((row0 + r) * WARPS + warp) * 4, squares[r]);
 #endif
     }
 }
+#endif
 
 // The norm's factor of row `lane % 16`, from all the cluster's sums of squares.
 __device__ __forceinline__ float norm_factor(const Params& p, const Place& at, int lane) {
@@ -676,19 +705,22 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
         w_offset[round] = g * BLOCK + ((unit ^ g) * 16);
         x_offset[round] = unit * 16 * X_PER_WEIGHT_BYTE;
     }
-    int stage = 0, phase = 0, i = 0;
+    int stage = 0, phase = 0, i = 0, turn = warp / TEAM;
     for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
         Sums sums = {};
         for (int s = 0; s < segments; s++) {
-            const int blocks = (at.bytes - s * SEGMENT) / BLOCK;
-            u32 x_segment[N_TILES];
+            if (turn-- == 0) {
+                turn = TEAMS - 1;
+                const int blocks = (at.bytes - s * SEGMENT) / BLOCK;
+                u32 x_segment[N_TILES];
 #pragma unroll
-            for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_WEIGHT_BYTE;
-            barrier_wait(at.base + FULL + stage * 8, phase);
-            if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
-            else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(at.base + EMPTY + stage * 8);
+                for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_WEIGHT_BYTE;
+                barrier_wait(at.base + FULL + stage * 8, phase);
+                if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
+                else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(at.base + EMPTY + stage * 8);
+            }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         const int buffer = i & 1;
@@ -716,7 +748,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
 __device__ __forceinline__ void init_barriers(const Params& p, u32 base, int cluster) {
     for (int s = 0; s < p.stages; s++) {
         barrier_init(base + FULL + s * 8, 1);
-        barrier_init(base + EMPTY + s * 8, WARPS);
+        barrier_init(base + EMPTY + s * 8, TEAM);
     }
     barrier_init(base + X_FULL, 1);
     barrier_init(base + SQUARES_FULL, 1);

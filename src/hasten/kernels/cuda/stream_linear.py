@@ -10,7 +10,8 @@ where a product is no longer bound by the weights, belong to the library's produ
 
 import ctypes
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ MAX_ROWS = 16
 """Rows of x: two of the tensor cores' 8-column operands."""
 
 WEIGHT_KINDS = {torch.bfloat16: 0, torch.float16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
-SHARED_BYTES_OF_TWO = (228 << 10) // 2 - 1024
-"""Shared memory of a CTA that leaves room for one of the next kernel on the same multiprocessor."""
-
 SHARED_BYTES = 200 << 10
 """Shared memory of a CTA that has its multiprocessor to itself but for small kernels."""
 
+SHARED_BYTES_ABOVE_HALF, SHARED_BYTES_BELOW_HALF = 125 << 10, 100 << 10
+"""The same for kernels that overlap in turns. Of the first kind one fits on a multiprocessor, and
+beside it one of the second; so a kernel's CTAs always spread over all multiprocessors."""
+
+HALF_SHARED_BYTES = 114 << 10
+
 SOURCE = Path(__file__).with_name("stream_linear.cu")
-MIN_STAGES, MAX_STAGES = 3, 16
+MIN_STAGES, MAX_STAGES = 3, 16  # more than there are teams
 SCALE_BYTES = 8 << 10
 """More than scales and biases take in any shape met; part of whether a configuration fits."""
 
@@ -46,11 +50,14 @@ class StreamConfig:
     segment_bytes: int = 1024
     """Of one weight row in a stage of the ring."""
     warps: int = 8
+    teams: int = 1
+    """Of warps; they take the stages in turn."""
     in_flight_bytes: int = 48 << 10
     """Weights that a CTA asks for at a time; more than the bandwidth needs delays all other loads."""
     shared_bytes: int = SHARED_BYTES
-    """What the ring may fill; all there is if that leaves too few stages."""
-    prefetch_bytes: int = 64 << 10
+    """What the ring may fill; all there is if that leaves too few stages. With more than half a
+    multiprocessor's, two CTAs of a kernel never share one."""
+    prefetch_bytes: int = 0
     """Weights that a CTA of the kernel before brings into the L2 cache."""
     integer: bool = False
     """int8 weights meet x as integers of 22 bits, rather than becoming floating point."""
@@ -93,27 +100,55 @@ def supports(weight: torch.Tensor, rows: int) -> bool:
         and weight.shape[1] * weight.element_size() % 128 == 0
         and weight.data_ptr() % 16 == 0
         and torch.cuda.get_device_capability(weight.device) == (9, 0)
-        and _fitting_clusters(weight.shape[1], rows, weight.element_size()) != ()
+        and _fitting(weight.shape[1], rows, weight.element_size()) != ()
     )
 
 
-def default_config(weight: torch.Tensor, rows: int) -> StreamConfig:
-    """The split that was fastest in measurements of whole decode steps."""
-    clusters = _fitting_clusters(weight.shape[1], rows, weight.element_size())
-    return StreamConfig(clusters[0])
+def default_config(weight: torch.Tensor, rows: int, normed: bool = False) -> StreamConfig:
+    """The split that was fastest in measurements of whole decode steps.
 
-
-def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
-    """The configurations worth timing for these weights, the default first."""
+    One-byte weights of one or two rows leave a kernel so little time that it must overlap the next:
+    in a decoder, products with and without a norm take turns. Else a deeper ring is faster.
+    """
     k, size = weight.shape[1], weight.element_size()
-    found = [default_config(weight, rows)]
-    for cluster in _fitting_clusters(k, rows, size):
-        for integer in (False, True) if weight.dtype == torch.int8 else (False,):
-            for shape in ({}, {"segment_bytes": 2048}, {"tile_rows": 32, "segment_bytes": 512, "warps": 4}):
-                config = StreamConfig(cluster, integer=integer, **shape)
-                if config not in found and _fits(k, rows, size, config):
-                    found.append(config)
+    fitting = _fitting(k, rows, size)
+    if size == 2:
+        small = [config for config in fitting if rows * k * 2 // config.cluster < (64 << 10) + (config.cluster > 1)]
+        return replace((small or fitting[-1:])[0], prefetch_bytes=16 << 10)
+    if rows <= 2:
+        teams = 1 if weight.dtype == torch.int8 else 2
+        config = replace(fitting[0], teams=teams, shared_bytes=_shared_bytes_in_turns(normed))
+        if _fits(k, rows, size, config):
+            return config
+    return fitting[0]
+
+
+def candidates(weight: torch.Tensor, rows: int, normed: bool = False) -> tuple[StreamConfig, ...]:
+    """The configurations worth timing for these weights, in the chain that they run in; the default first."""
+    k, size = weight.shape[1], weight.element_size()
+    found = [default_config(weight, rows, normed)]
+    for base, integer, teams, shared_bytes, in_flight_bytes in itertools.product(
+        _fitting(k, rows, size)[:2],
+        (False, True) if weight.dtype == torch.int8 else (False,),
+        (1, 2) if size == 1 else (1,),
+        (SHARED_BYTES, _shared_bytes_in_turns(normed)),
+        (32 << 10, 48 << 10),
+    ):
+        config = replace(
+            base,
+            prefetch_bytes=found[0].prefetch_bytes,
+            integer=integer,
+            teams=teams,
+            shared_bytes=shared_bytes,
+            in_flight_bytes=in_flight_bytes,
+        )
+        if config not in found and _fits(k, rows, size, config):
+            found.append(config)
     return tuple(found)
+
+
+def _shared_bytes_in_turns(normed: bool) -> int:
+    return SHARED_BYTES_BELOW_HALF if normed else SHARED_BYTES_ABOVE_HALF
 
 
 def stream_linear(
@@ -157,7 +192,7 @@ def stream_linear(
     assert x.data_ptr() % 16 == 0 and (norm_weight is None or norm_weight.data_ptr() % 16 == 0)
 
     size = weight.element_size()
-    config = config or default_config(weight, rows)
+    config = config or default_config(weight, rows, norm_weight is not None)
     vectors = (scale is not None) + (bias is not None)
     plan = _plan(n, k, rows, size, gated, vectors, norm_weight is not None, config, x.device.index or 0)
     params = _Params(
@@ -231,26 +266,36 @@ def _plan(
     own_tiles = -(-tiles // (clusters * config.cluster))
     head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * config.tile_rows * 4
     stages = _num_stages(head, config)
-    if not stages:
+    if stages <= config.teams:
         raise ValueError(f"{config} does not fit: x, scales and sums take {head} bytes of {MAX_SHARED_BYTES}")
+    # a team that waits for a stage must not mistake the one before in the same place for it
+    most_in_flight = stages if config.teams == 1 else stages - config.teams
     return _Plan(
         tiles,
         own_tiles,
         stages,
-        min(stages, max(1, config.in_flight_bytes // _stage_bytes(config))),
+        min(most_in_flight, max(1, config.in_flight_bytes // _stage_bytes(config))),
         clusters * config.cluster,
         _slice_bytes(k * element_size, config),
-        -(-head // 1024) * 1024 + stages * _stage_bytes(config),
+        max(
+            -(-head // 1024) * 1024 + stages * _stage_bytes(config),
+            HALF_SHARED_BYTES if config.shared_bytes > HALF_SHARED_BYTES else 0,
+        ),
     )
+
+
+NO_PREFETCH = (None, 0, 0, 0, 0, 1, 0, 0)
 
 
 def _prefetch(following: NextWeight | None, rows: int) -> tuple[int | None, ...]:
     """The parameters from `next` to `next_bytes`: the first stages of each CTA of the next product."""
-    if following is None:
-        return (None, 0, 0, 0, 0, 1, 0, 0)
+    if following is None or not supports(following.weight, rows):
+        return NO_PREFETCH
     weight_rows, k = following.weight.shape
     size = following.weight.element_size()
     config = following.config or default_config(following.weight, rows)
+    if not config.prefetch_bytes:
+        return NO_PREFETCH
     whole_tiles = weight_rows // config.tile_rows  # a last tile that is not whole is left out
     half_rows = weight_rows // 2 if following.gated else 8
     slice_bytes = _slice_bytes(k * size, config)
@@ -291,19 +336,26 @@ def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConf
         "M_TILES": config.tile_rows // 16,
         "SEGMENT": config.segment_bytes,
         "WARPS": config.warps,
+        "TEAMS": config.teams,
     }
 
 
-def _fitting_clusters(k: int, rows: int, element_size: int) -> tuple[int, ...]:
-    """The cluster sizes that split K evenly enough and leave room for every CTA's part of x."""
-    configs = [StreamConfig(cluster) for cluster in (1, 2, 4, MAX_CLUSTER)]
-    return tuple(config.cluster for config in configs if _fits(k, rows, element_size, config))
+@functools.cache
+def _fitting(k: int, rows: int, element_size: int) -> tuple[StreamConfig, ...]:
+    """Configurations by size of cluster that leave room for every CTA's part of x; short segments if need be."""
+    for base in (StreamConfig(), StreamConfig(segment_bytes=512, warps=4)):
+        configs = [replace(base, cluster=cluster) for cluster in (1, 2, 4, MAX_CLUSTER)]
+        if fitting := tuple(config for config in configs if _fits(k, rows, element_size, config)):
+            return fitting
+    return ()
 
 
 def _fits(k: int, rows: int, element_size: int, config: StreamConfig) -> bool:
-    row_bytes = k * element_size
-    even = config.cluster == 1 or _slice_bytes(row_bytes, config) * config.cluster <= 1.15 * row_bytes
-    return even and _num_stages(_head_bytes(k, rows, element_size, config, normed=True) + SCALE_BYTES, config) > 0
+    """Whether K splits about evenly, with a part for every CTA, and shared memory suffices."""
+    row_bytes, slice_bytes = k * element_size, _slice_bytes(k * element_size, config)
+    even = slice_bytes * config.cluster <= 1.15 * row_bytes and slice_bytes * (config.cluster - 1) < row_bytes
+    head = _head_bytes(k, rows, element_size, config, normed=True) + SCALE_BYTES
+    return (even or config.cluster == 1) and _num_stages(head, config) > 0
 
 
 def _num_stages(head_bytes: int, config: StreamConfig) -> int:
