@@ -30,6 +30,8 @@ EXTRAS = {
         Extra("onnxruntime", "onnx", "onnx", "1.19", "the onnxruntime runtime"),
         Extra("llama-cpp", "llama_cpp", "llama-cpp-python", "0.3.36", "the llama_cpp runtime"),
         Extra("llama-cpp", "gguf", "gguf", "0.19", "the llama_cpp runtime"),
+        Extra("cuda", "triton", "triton", "3.6", "the native engine on a GPU"),
+        Extra("cuda", "cuda.bindings", "cuda-bindings", "13.0", "the native engine on a GPU"),
         Extra("cuda", "pynvml", "nvidia-ml-py", "12.560", "the power figure of hasten profile"),
     )
 }
@@ -37,7 +39,10 @@ EXTRAS = {
 
 def is_installed(module: str) -> bool:
     """Whether the module of a row in EXTRAS can be imported, without importing it."""
-    return find_spec(module) is not None
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that `module` is in
+        return False
 
 
 def installed_version(module: str) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hasten.config import Scheme, nearest
 from hasten.errors import ResourceError, UsageError
 from hasten.models.config import DecoderConfig
+from hasten.models.weights import copy_bytes
 
 BLOCK_SIZE = 16
 """Tokens of a KV cache block; engine.config.EngineConfig has the same."""
@@ -87,6 +88,7 @@ class MemoryPlan:
 
     Args:
         free_bytes: before anything is loaded.
+        copy_bytes: of the 16-bit copies of int8 weights, see models.weights.copy_bytes.
         activation_bytes: of the largest step, logits included.
         kv_bytes: as many tokens as the profile may need, or as fit.
         kv_token_bytes: keys and values of one token in all layers.
@@ -95,6 +97,7 @@ class MemoryPlan:
     profile: Profile
     free_bytes: int
     weight_bytes: int
+    copy_bytes: int
     activation_bytes: int
     workspace_bytes: int
     kv_bytes: int
@@ -102,7 +105,8 @@ class MemoryPlan:
 
     @property
     def left_bytes(self) -> int:
-        return self.free_bytes - self.weight_bytes - self.activation_bytes - self.workspace_bytes - self.kv_bytes
+        taken = self.weight_bytes + self.copy_bytes + self.activation_bytes + self.workspace_bytes + self.kv_bytes
+        return self.free_bytes - taken
 
     @property
     def cache_tokens(self) -> int:
@@ -120,6 +124,7 @@ class MemoryPlan:
         step = f"steps of up to {profile.max_num_batched_tokens:,} tokens"
         return (
             ("weights", self.weight_bytes, ""),
+            *([("copies of weights", self.copy_bytes, "16 bits, for prompts")] if self.copy_bytes else []),
             ("KV cache", self.kv_bytes, room),
             ("activations", self.activation_bytes, step),
             ("workspace", self.workspace_bytes, "kernels, graphs, libraries"),
@@ -127,15 +132,18 @@ class MemoryPlan:
         )
 
 
-def memory_plan(config: DecoderConfig, scheme: Scheme, profile: Profile, free_bytes: int) -> MemoryPlan:
+def memory_plan(
+    config: DecoderConfig, scheme: Scheme, profile: Profile, free_bytes: int, *, on_gpu: bool = False
+) -> MemoryPlan:
     """Plans the memory of an engine.
 
     Raises:
         ResourceError: it cannot fit; says which limit to lower to what.
     """
     weights = weight_bytes(config, scheme)
+    copies = copy_bytes(config, scheme, free_bytes) if on_gpu else 0
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * _activation_itemsize(scheme)
-    usable = int(free_bytes * (1 - MARGIN_SHARE)) - weights - WORKSPACE_BYTES
+    usable = int(free_bytes * (1 - MARGIN_SHARE)) - weights - copies - WORKSPACE_BYTES
     activations = activation_bytes(config, scheme, profile)
     if usable < activation_bytes(config, scheme, SMALLEST) + BLOCK_SIZE * token_bytes:
         cure = "use a device with more memory" if scheme.weight_bits <= 8 else "build with --scheme w8a16"
@@ -149,7 +157,7 @@ def memory_plan(config: DecoderConfig, scheme: Scheme, profile: Profile, free_by
     if available < max(sequence_bytes, profile.max_num_seqs * block_bytes):
         raise ResourceError(_too_large(config, scheme, profile, usable, block_bytes))
     kv_bytes = min(profile.max_num_seqs * sequence_bytes, available // block_bytes * block_bytes)
-    return MemoryPlan(profile, free_bytes, weights, activations, WORKSPACE_BYTES, kv_bytes, token_bytes)
+    return MemoryPlan(profile, free_bytes, weights, copies, activations, WORKSPACE_BYTES, kv_bytes, token_bytes)
 
 
 def weight_bytes(config: DecoderConfig, scheme: Scheme) -> int:

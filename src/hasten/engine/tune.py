@@ -14,6 +14,7 @@ from hasten.engine.tuning import (
     user_tuning_path,
     write_tuning,
 )
+from hasten.extras import require
 from hasten.models.config import DecoderConfig
 
 CUDA_TUNING = "hasten.kernels.cuda.product_tuning"
@@ -32,7 +33,12 @@ def tune_on_gpu(
     """The fastest variant of each kernel of a decode step, by tuning.ProductShape.key.
 
     What neither the engine folder nor the user's file knows is measured, and kept in the user's file.
+
+    Raises:
+        MissingExtraError: what the kernels are compiled with is not installed.
     """
+    for module in ("triton", "cuda.bindings"):
+        require(module)
     cuda = importlib.import_module(CUDA_TUNING)
     environment = cuda.environment()
     known = read_tuning(user_tuning_path(), environment)

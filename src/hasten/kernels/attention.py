@@ -128,32 +128,36 @@ def paged_attention(
     """
     num_tokens, num_heads, dim = q.shape
     num_kv_heads = keys.shape[2]
-    queries = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, dim).split_with_sizes(plan.query_lens)
+    queries = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, dim)
+    if plan.query_lens == (1,):  # one sequence decodes: what Python does between operators counts here
+        return _decode(queries, keys, values, plan.sequences[0], scale).view(1, num_heads * dim)
     outputs = [
         _decode(rows, keys, values, sequence, scale)
         if sequence.num_queries == 1
         else _prefill(rows, keys, values, sequence, scale)
-        for rows, sequence in zip(queries, plan.sequences, strict=True)
+        for rows, sequence in zip(queries.split_with_sizes(plan.query_lens), plan.sequences, strict=True)
     ]
     attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return attended.view(num_tokens, num_heads * dim)
 
 
-def _read(cache: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
-    """The sequence's keys or values, [kv_heads, 1, num_keys, dim]: a view where blocks are consecutive."""
-    _, _, num_kv_heads, dim = cache.shape
+def _read(keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence's keys and values, [kv_heads, 1, num_keys, dim] each: views where blocks are consecutive."""
     if plan.slots is not None:
-        return cache.flatten(0, 1).index_select(0, plan.slots).transpose(0, 1).unsqueeze(1)
+        k, v = (cache.flatten(0, 1).index_select(0, plan.slots) for cache in (keys, values))
+        return k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)
     assert plan.first_slot is not None
+    _, _, num_kv_heads, dim = keys.shape
     row = num_kv_heads * dim
-    return cache.as_strided((num_kv_heads, 1, plan.num_keys, dim), (dim, 0, row, 1), plan.first_slot * row)
+    where = (num_kv_heads, 1, plan.num_keys, dim), (dim, 0, row, 1), plan.first_slot * row
+    return keys.as_strided(*where), values.as_strided(*where)
 
 
 def _decode(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
 ) -> torch.Tensor:
     """One token, [1, kv_heads, group, dim]: a group's queries are rows of the product with its key head."""
-    k, v = _read(keys, plan), _read(values, plan)
+    k, v = _read(keys, values, plan)
     return _flash(q.transpose(0, 1), k, v, 0.0, False, scale=scale)[0].view(q.shape)
 
 
@@ -161,7 +165,7 @@ def _prefill(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
 ) -> torch.Tensor:
     """Several tokens, [num_queries, kv_heads, group, dim]: a group's queries are heads that share a key head."""
-    k, v = _read(keys, plan), _read(values, plan)
+    k, v = _read(keys, values, plan)
     shared = (-1, q.shape[2], -1, -1)
     is_causal = plan.mask is None
     rows = q.permute(1, 2, 0, 3)

@@ -49,6 +49,5 @@ def write_kv(
         k, v: [num_tokens, num_kv_heads, head_dim].
         slot_mapping: [num_tokens] int64.
     """
-    slots = (-1, *keys.shape[2:])
-    keys.view(slots).index_copy_(0, slot_mapping, k)
-    values.view(slots).index_copy_(0, slot_mapping, v)
+    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    values.flatten(0, 1).index_copy_(0, slot_mapping, v)

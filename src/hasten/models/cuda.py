@@ -16,13 +16,10 @@ from hasten.kernels.product import Product
 from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Embed
 from hasten.models.rotary import rotation
-from hasten.models.weights import HEAD, WeightReader, layer_prefix
+from hasten.models.weights import HEAD, WeightReader, copy_bytes, layer_prefix
 from hasten.quantization.rtn import QuantizedWeight
 
 SCHEMES = ("fp32", "bf16", "fp16", "w8a16", "fp8")
-
-COPIES_SHARE = 0.25
-"""int8 weights get 16-bit copies for prompts where those take less than this share of the free memory."""
 
 MIN_HEAD_DIM = 10
 MAX_HEAD_BYTES = 512
@@ -45,9 +42,8 @@ class Operators:
                 f"only for {MIN_HEAD_DIM} to {most}: use --device cpu or another runtime"
             )
         self._config, self._reader, self._tuning = config, reader, tuning
-        num_weights = sum(rows * columns for rows, columns, _ in reader.linears.values())
         free_bytes, _ = torch.cuda.mem_get_info()
-        self._has_copies = reader.scheme.name == "w8a16" and 2 * num_weights < free_bytes * COPIES_SHARE
+        self._has_copies = copy_bytes(config, reader.scheme, free_bytes) > 0
 
     def product(
         self, modules: tuple[str, ...], *, norm: str | None = None, is_gated: bool = False, num_rotary: int = 0

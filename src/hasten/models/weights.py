@@ -46,6 +46,8 @@ TORCH_DTYPES = {
 OnRead = Callable[[int, int], object]
 """Told how far reading is: bytes read, bytes of all tensors."""
 
+COPIES_SHARE = 0.25
+
 MAX_SHOWN = 3
 """Tensors named in one message; more are counted."""
 
@@ -80,6 +82,18 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int, bool]]:
             f"{prefix}.mlp.down_proj": (hidden, inner, config.mlp_bias),
         }
     return shapes | {HEAD: (config.vocab_size, hidden, False)}
+
+
+def copy_bytes(config: DecoderConfig, scheme: Scheme, free_bytes: int) -> int:
+    """Bytes of the 16-bit copies that int8 weights get on a GPU, 0 where they get none.
+
+    Prompts are computed from the copies: with many rows int8 weights make a product slower, not
+    faster. They must take less than COPIES_SHARE of the memory that is free before loading.
+    """
+    if scheme.name != "w8a16":
+        return 0
+    num_bytes = 2 * sum(rows * columns for rows, columns, _ in linear_shapes(config).values())
+    return num_bytes if num_bytes < free_bytes * COPIES_SHARE else 0
 
 
 def norm_shapes(config: DecoderConfig) -> dict[str, int]:

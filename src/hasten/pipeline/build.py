@@ -51,7 +51,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     decoder = DecoderConfig.from_hf(model.config)
     check_weights(model, decoder)
     profile = choose_profile(config.profile, decoder.max_context_tokens, config.max_num_seqs, config.max_model_tokens)
-    return BuildPlan(model, scheme, device, memory_plan(decoder, scheme, profile, device.free_bytes), output)
+    memory = memory_plan(decoder, scheme, profile, device.free_bytes, on_gpu=device.kind == "cuda")
+    return BuildPlan(model, scheme, device, memory, output)
 
 
 def carry_out(plan: BuildPlan, on_progress: OnProgress = silent) -> Path:
@@ -65,7 +66,7 @@ def carry_out(plan: BuildPlan, on_progress: OnProgress = silent) -> Path:
     def on_read(num_read: int, num_bytes: int) -> None:
         share = num_read / num_bytes
         left_s = (time.perf_counter() - start_s) * (1 / share - 1)
-        on_progress(Progress("build", f"{num_read / 1e9:.1f} of {num_bytes / 1e9:.1f} GB read", share, left_s))
+        on_progress(Progress("build", f"{num_read / 1e6:,.0f} of {num_bytes / 1e6:,.0f} MB read", share, left_s))
 
     def on_tune(num_done: int, num_shapes: int) -> None:
         on_progress(Progress("tune", f"{num_done} of {num_shapes} kernel shapes", num_done / num_shapes, 0.0))

@@ -27,7 +27,7 @@ KERNEL_GROUPS = (
     ("rotary", r"_rotate|rotary|rope|\b(cos|sin|neg)_kernel"),
     ("norm", r"rms_?norm|layer_?norm|rsqrt|meanops|pow_tensor"),
     ("activation", r"silu|gelu"),
-    ("quantization", r"quantize"),
+    ("quantization", r"quantize|_scale_rows"),
     (LINEAR, r"stream_linear|matmul|nvjet|gemm|gemv|cutlass|cublas|splitk|\bdot_kernel"),
     (COPIES, r"_begin_kernel|_end_kernel|memcpy|memset|copy|catarray|fillfunctor|index_elementwise|gather"),
 )

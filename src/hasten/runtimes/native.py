@@ -70,7 +70,7 @@ class NativeRuntime(Runtime):
             self._load(config)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"{gib(device.free_bytes)} were free on {device.name} and ran out while the model was loaded: use "
+                f"the memory of {device.name}, {gib(device.free_bytes)} free, ran out while the model was loaded: use "
                 "w8a16 or fp8, lower max_num_seqs or max_model_tokens, or end what else uses the device"
             ) from error
 

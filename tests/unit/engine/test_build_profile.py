@@ -60,6 +60,16 @@ def test_the_parts_add_up_and_leave_a_margin(name: str, scheme: str) -> None:
     assert plan.cache_tokens >= plan.profile.max_model_tokens
 
 
+def test_int8_weights_have_copies_on_a_gpu_with_room() -> None:
+    scheme, profile = scheme_named("w8a16"), PROFILES["latency"]
+    plan = memory_plan(llama(), scheme, profile, 139 * GIB, on_gpu=True)
+    assert plan.copy_bytes == 2 * 7_504_658_432
+    assert sum(num_bytes for _, num_bytes, _ in plan.rows) == plan.free_bytes
+    assert memory_plan(llama(), scheme, profile, 48 * GIB, on_gpu=True).copy_bytes == 0
+    assert memory_plan(llama(), scheme, profile, 139 * GIB).copy_bytes == 0
+    assert memory_plan(llama(), scheme_named("fp8"), profile, 139 * GIB, on_gpu=True).copy_bytes == 0
+
+
 def test_the_cache_is_what_the_profile_needs_or_what_fits() -> None:
     scheme = scheme_named("bf16")
     latency = memory_plan(llama(), scheme, PROFILES["latency"], 139 * GIB)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +128,8 @@ def test_a_second_build_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     cuda = SimpleNamespace(
         environment=lambda: "gpu A", time_in_turns=timer, product_candidates=lambda *_: timer.candidates()
     )
-    monkeypatch.setattr(tune.importlib, "import_module", lambda name: cuda)
+    monkeypatch.setattr(tune, "require", lambda module: None)
+    monkeypatch.setitem(sys.modules, tune.CUDA_TUNING, cuda)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scheme = scheme_named("w8a16")
     told: list[tuple[int, int]] = []

@@ -22,6 +22,7 @@ from hasten.kernels.cuda.decode_attention import (
     DecodeWorkspace,
     decode_attention,
     decode_attention_reference,
+    is_long_context,
     shared_bytes,
 )
 from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES, compile_cubin
@@ -149,9 +150,9 @@ def test_prefill_equals_reference(chunks: list[tuple[int, int]], window: int | N
 
 def test_every_division_fits_in_shared_memory() -> None:
     """For the largest group and heads; divisions are looked up by the number of pairs in order."""
-    limits = [limit for limit, _ in CLUSTERS]
+    limits = [limit for limit, _, _ in CLUSTERS]
     assert limits == sorted(set(limits))
-    assert all(shared_bytes(8, 128, config) <= MAX_SHARED_BYTES for _, config in CLUSTERS)
+    assert all(shared_bytes(8, 128, config) <= MAX_SHARED_BYTES for _, _, config in CLUSTERS)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +162,10 @@ def test_cluster_kernel_compiles(group: int, head_dim: int, has_norm: bool) -> N
     definitions = {"IS_HALF": int(has_norm), "NUM_KV_HEADS": 2, "GROUP": group, "HEAD_DIM": head_dim, "CLUSTER": 2}
     definitions |= {"WARPS": 4, "STAGES": 3, "HAS_NORM": int(has_norm), "EARLY": 1}
     assert compile_cubin(SOURCE.read_text(), "sm_90a", definitions)
+
+
+def test_long_contexts_begin_where_the_table_says() -> None:
+    for limit, longest, _ in CLUSTERS:
+        assert not is_long_context(limit, longest)
+        assert is_long_context(limit, longest + 1)
+    assert not is_long_context(CLUSTERS[-1][0] + 1, 1 << 20)  # one kernel serves them all

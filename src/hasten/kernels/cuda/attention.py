@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hasten.kernels.attention import Step
-from hasten.kernels.cuda.decode_attention import LONG_CONTEXT, LONG_PAIRS, DecodeWorkspace, decode_attention
+from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, is_long_context
 from hasten.kernels.cuda.elementwise import rotate_and_write
 from hasten.kernels.cuda.prefill_attention import (
     PrefillPlan,
@@ -101,7 +101,7 @@ class CudaAttention:
 
     def is_long(self, num_rows: int, num_tokens: int) -> bool:
         """Whether decode tokens of which one sees this many tokens are a long step, which runs otherwise."""
-        return num_tokens > LONG_CONTEXT and num_rows * self._num_kv_heads <= LONG_PAIRS
+        return is_long_context(num_rows * self._num_kv_heads, num_tokens)
 
     def decode(self, rows: DecodeRows, kv_cache: KVCache, *, is_long: bool = False) -> Attend:
         """A step of decode tokens alone; may be captured in a CUDA graph.
@@ -125,7 +125,7 @@ class CudaAttention:
                 scale=self._scale,
                 window=self._windows[layer],
                 workspace=self._workspace,
-                max_context=None if is_long else LONG_CONTEXT,
+                is_long=is_long,
                 is_early=True,  # the embedding, a kernel without dependent launch, is behind what writes the rows
                 **self._norms(layer),
             )

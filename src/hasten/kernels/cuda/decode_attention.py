@@ -82,21 +82,15 @@ class ClusterConfig:
 
 
 CLUSTERS = (
-    (4, ClusterConfig(16, 8, 2)),
-    (8, ClusterConfig(8, 8, 3)),
-    (16, ClusterConfig(8, 4, 3)),
-    (64, ClusterConfig(2, 8, 3)),
-    (128, ClusterConfig(1, 8, 3)),
-    (256, ClusterConfig(1, 4, 3)),
+    (4, 12288, ClusterConfig(16, 8, 2)),
+    (8, 12288, ClusterConfig(8, 8, 3)),
+    (16, 12288, ClusterConfig(8, 4, 3)),
+    (64, 12288, ClusterConfig(2, 8, 3)),
+    (128, 2048, ClusterConfig(1, 8, 3)),
+    (256, 2048, ClusterConfig(1, 4, 3)),
 )
-"""Up to how many pairs of a row and a key head which division is best; measured, see docs/experiments.md."""
-
-LONG_PAIRS = 64
-"""Up to so many pairs the division depends on the context's length, see LONG_CONTEXT."""
-
-
-LONG_CONTEXT = 12288
-"""From so many tokens on the kernel without clusters is faster, whose programs are not tied to each other."""
+"""Up to how many pairs of a row and a key head which division is best, and up to how long a context
+it beats the kernel without clusters; measured, see docs/experiments.md."""
 
 
 class DecodeWorkspace:
@@ -177,6 +171,7 @@ def decode_attention(
     eps: float = 0.0,
     out: torch.Tensor | None = None,
     max_context: int | None = None,
+    is_long: bool = False,
     is_early: bool = False,
     config: DecodeConfig | ClusterConfig | None = None,
 ) -> torch.Tensor:
@@ -192,7 +187,8 @@ def decode_attention(
         window: tokens that the token sees, itself included; None for all.
         q_norm, k_norm: [head_dim] as qkv, weights of an RMSNorm over each head.
         out: [rows, num_heads * head_dim].
-        max_context: tokens of a row that the division is made for; by default what block_tables holds.
+        max_context: bounds the tokens of a row; by default what block_tables holds.
+        is_long: whether to divide the work for long contexts, see `is_long_context`.
         is_early: the earlier tokens' cache, block_tables, slots and positions may be read before
             the preceding kernel has ended. True where nothing in the same graph writes them, or
             where the kernel after the one that does was launched without dependent launch.
@@ -205,9 +201,8 @@ def decode_attention(
     out = qkv.new_empty(qkv.shape[0], num_heads * keys.shape[3]) if out is None else out
     norm_and_rotary = (cos, sin, q_norm, k_norm, eps)
     cache = (keys, values, block_tables, slots, positions)
-    max_context = max_context or block_tables.shape[1] * keys.shape[1]
-    if config is None and has_cluster_kernel(qkv.dtype, num_heads // num_kv_heads, keys):
-        config = choose_cluster(qkv.shape[0] * num_kv_heads, max_context)
+    if config is None and not is_long and has_cluster_kernel(qkv.dtype, num_heads // num_kv_heads, keys):
+        config = choose_cluster(qkv.shape[0] * num_kv_heads)
     if isinstance(config, ClusterConfig):
         _launch_cluster(qkv, norm_and_rotary, cache, num_heads, scale, window, out, is_early, config)
         return out
@@ -248,14 +243,14 @@ def has_cluster_kernel(dtype: torch.dtype, group: int, keys: torch.Tensor) -> bo
     return is_shape and dtype in (torch.bfloat16, torch.float16) and keys.is_cuda and has_dependent_launch()
 
 
-def choose_cluster(pairs: int, max_context: int) -> ClusterConfig | None:
+def choose_cluster(pairs: int) -> ClusterConfig | None:
     """The division for this many pairs of a row and a key head; None: the Triton kernel is faster."""
-    if max_context > LONG_CONTEXT and pairs <= LONG_PAIRS:
-        return None
-    for limit, config in CLUSTERS:
-        if pairs <= limit:
-            return config
-    return None
+    return next((config for limit, _, config in CLUSTERS if pairs <= limit), None)
+
+
+def is_long_context(pairs: int, num_tokens: int) -> bool:
+    """Whether rows of which one sees this many tokens are faster with `is_long`."""
+    return num_tokens > next((longest for limit, longest, _ in CLUSTERS if pairs <= limit), num_tokens)
 
 
 class _Params(ctypes.Structure):
