@@ -1,6 +1,5 @@
 """Attention kernels in Triton's interpreter equal their references: split, window, norm, padding rows."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton")
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 

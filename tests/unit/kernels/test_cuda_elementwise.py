@@ -1,13 +1,10 @@
 """Elementwise kernels in Triton's interpreter equal their references, at widths that no block size divides."""
 
-import os
-
 import pytest
 import torch
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton")
 
 from hasten.kernels.cuda import elementwise

@@ -1,7 +1,6 @@
 """The sampling kernels in Triton's interpreter choose the engine sampler's tokens, whatever is asked for."""
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs triton")
 
 from triton.runtime import interpreter
