@@ -11,12 +11,12 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from hasten.config import Scheme, nearest
+from hasten.engine.config import EngineConfig
 from hasten.errors import ResourceError, UsageError
 from hasten.models.config import DecoderConfig
 from hasten.models.weights import copy_bytes
 
-BLOCK_SIZE = 16
-"""Tokens of a KV cache block; engine.config.EngineConfig has the same."""
+BLOCK_SIZE = EngineConfig.block_size
 
 WORKSPACE_BYTES = 1 << 30
 """Loaded kernels, library handles, CUDA graphs, and weights dequantized for large products."""
@@ -37,12 +37,6 @@ class Profile:
     max_num_seqs: int
     max_model_tokens: int
     max_num_batched_tokens: int
-
-    @property
-    def decode_buckets(self) -> tuple[int, ...]:
-        """Batch sizes that decode steps are prepared for: powers of two, and the largest batch."""
-        powers = [1 << exponent for exponent in range(self.max_num_seqs.bit_length())]
-        return (*powers, *([] if powers[-1] == self.max_num_seqs else [self.max_num_seqs]))
 
 
 PROFILES = {

@@ -97,5 +97,11 @@ def resolve(
     return dataclasses.replace(config, num_blocks=num_blocks)
 
 
+def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes of captured decode steps: powers of two, and the largest batch."""
+    powers = [1 << exponent for exponent in range(max_num_seqs.bit_length())]
+    return (*powers, *([] if powers[-1] == max_num_seqs else [max_num_seqs]))
+
+
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.0f} MiB"

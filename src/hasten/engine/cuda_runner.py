@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hasten.engine.config import EngineConfig
+from hasten.engine.config import EngineConfig, decode_buckets
 from hasten.engine.model_runner import Collect, ModelRunner
 from hasten.engine.sampler import NOT_FINITE, SampledToken, is_plain
 from hasten.engine.scheduler import Schedule, ScheduledChunk
@@ -41,12 +41,6 @@ HEADER = 4
 
 WORDS = 5
 """int32 values of a row: its random number takes two, its slot, position and block one each."""
-
-
-def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes of captured decode steps: powers of two, and the largest batch."""
-    powers = [1 << exponent for exponent in range(max_num_seqs.bit_length())]
-    return (*powers, *([] if powers[-1] == max_num_seqs else [max_num_seqs]))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from hasten.kernels.kv_cache import KVCache, write_kv
 from hasten.kernels.rms_norm import RMSNorm
 from hasten.kernels.rotary import rotate
 
+Attend = Callable[[torch.Tensor, int], torch.Tensor]
+"""One step's attention: qkv [num_tokens, (heads + 2 * kv_heads) * dim] and the layer's index give
+[num_tokens, heads * dim]. Rotates q and k, and writes keys and values into the cache."""
+
 _flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -212,8 +216,8 @@ class CpuAttention:
         self._windows, self._qk_norms, self._rotation, self._dtype = windows, qk_norms, rotation, dtype
         self._scale = head_dim**-0.5
 
-    def begin(self, step: Step, kv_cache: KVCache) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Plans a step; see `models.decoder.Attend` for what is returned."""
+    def begin(self, step: Step, kv_cache: KVCache) -> Attend:
+        """Plans a step."""
         rotations = self._rotation(step.positions)
         plans = {
             window: plan_attention(

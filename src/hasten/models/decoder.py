@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from hasten.kernels.attention import Attend
 from hasten.kernels.kv_cache import KVCache
 from hasten.kernels.product import Product
 from hasten.models.batch import Batch
@@ -21,10 +22,6 @@ from hasten.models.config import DecoderConfig
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [num_tokens] int64 give their embeddings, [num_tokens, hidden_size]."""
-
-Attend = Callable[[torch.Tensor, int], torch.Tensor]
-"""One step's attention: qkv [num_tokens, (heads + 2 * kv_heads) * dim] and the layer's index give
-[num_tokens, heads * dim]. Rotates q and k, and writes keys and values into the cache."""
 
 
 class Attention(Protocol):

@@ -24,7 +24,6 @@ from hasten.engine.model_runner import Runner
 from hasten.engine.runners import make_runner
 from hasten.engine.tune import tune_on_gpu
 from hasten.errors import RequestError, ResourceError
-from hasten.hardware import memory
 from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Decoder
@@ -93,7 +92,7 @@ class NativeRuntime(Runtime):
             consecutive_blocks=not on_gpu,
         )
         share = GPU_CACHE_SHARE if on_gpu else CPU_CACHE_SHARE
-        limits = resolve(limits, shape.max_context_tokens, token_bytes, _free_bytes(config.device), share)
+        limits = resolve(limits, shape.max_context_tokens, token_bytes, find_device(config.device).free_bytes, share)
         self._engine = Engine(
             _runner(decoder, limits),
             limits,
@@ -177,9 +176,3 @@ def _runner(decoder: Decoder, limits: EngineConfig) -> Runner:
     runner = make_runner(decoder, kv_cache, limits)
     runner.prepare()
     return runner
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cpu":
-        return memory()[1]
-    return torch.cuda.mem_get_info(device)[0]

@@ -118,13 +118,6 @@ def test_activations_grow_with_the_step() -> None:
     assert activation_bytes(llama(), scheme, large) > activation_bytes(llama(), scheme, small)
 
 
-def test_buckets() -> None:
-    assert PROFILES["latency"].decode_buckets == (1, 2, 4, 8)
-    assert PROFILES["throughput"].decode_buckets == (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    assert dataclasses.replace(PROFILES["latency"], max_num_seqs=6).decode_buckets == (1, 2, 4, 6)
-    assert dataclasses.replace(PROFILES["latency"], max_num_seqs=1).decode_buckets == (1,)
-
-
 def test_limits_of_ones_own() -> None:
     profile = choose_profile("latency", 2048, max_num_seqs=4)
     assert (profile.max_num_seqs, profile.max_model_tokens) == (4, 2048)

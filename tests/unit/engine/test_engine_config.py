@@ -2,7 +2,7 @@
 
 import pytest
 
-from hasten.engine.config import EngineConfig, resolve
+from hasten.engine.config import EngineConfig, decode_buckets, resolve
 from hasten.errors import ResourceError, UsageError
 
 MIB = 2**20
@@ -47,3 +47,10 @@ def test_limits_below_one_are_refused(name: str) -> None:
 def test_budget_must_feed_every_running_sequence() -> None:
     with pytest.raises(UsageError, match=r"at least max_num_seqs \(16\)"):
         EngineConfig(max_num_seqs=16, max_num_batched_tokens=8)
+
+
+def test_decode_buckets() -> None:
+    assert decode_buckets(8) == (1, 2, 4, 8)
+    assert decode_buckets(256) == (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    assert decode_buckets(6) == (1, 2, 4, 6)
+    assert decode_buckets(1) == (1,)

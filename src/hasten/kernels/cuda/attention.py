@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hasten.kernels.attention import Step
+from hasten.kernels.attention import Attend, Step
 from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, is_long_context
 from hasten.kernels.cuda.elementwise import rotate_and_write
 from hasten.kernels.cuda.prefill_attention import (
@@ -21,8 +21,6 @@ from hasten.kernels.cuda.prefill_attention import (
     prefill_attention,
 )
 from hasten.kernels.kv_cache import KVCache
-
-Attend = Callable[[torch.Tensor, int], torch.Tensor]
 
 MIN_FIXED_TOKENS = 512
 """A prompt of more tokens that has a step of its own is filled up to a length that recurs, for attention alone."""
@@ -95,7 +93,7 @@ class CudaAttention:
                 prefill_attention(q, k, v, kv_cache.keys[0], kv_cache.values[0], plan, self._scale, window)
 
     def begin(self, step: Step, kv_cache: KVCache) -> Attend:
-        """A step of prompts alone; see `models.decoder.Attend` for what is returned."""
+        """A step of prompts alone."""
         prompts = Prompts(step.positions, step.slot_mapping, step.cu_seqlens_q, step.context_lens, step.block_tables)
         return self.mixed(None, prompts, kv_cache)
 
