@@ -2,7 +2,7 @@
 
 Random weights in the real shapes, different ones in every layer, so nothing stays in the cache.
 
-    python benchmarks/gpu/stream_linear.py --models llama,qwen --schemes bf16,int8,fp8 --rows 1,8,16 --tune
+    python benchmarks/gpu/stream_linear.py --models llama,qwen --schemes bf16,int8,fp8 --rows 1,8,16 --build
 """
 
 import argparse
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from hasten.engine.tuning import Tuner
 from hasten.kernels.cuda import nvrtc
 from hasten.kernels.cuda import stream_linear as module
-from hasten.kernels.cuda.stream_linear import NextWeight, StreamConfig, stream_linear
+from hasten.kernels.cuda.product_tuning import product_candidates, stream_configs, time_in_turns
+from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear
+from hasten.kernels.product_shape import ProductShape
 
 BANDWIDTH = 4.27e12
 """Bytes a second that one H200 was measured to read."""
@@ -38,8 +41,6 @@ MODELS = {
     "qwen": Model(3584, 4608, 18944, 28, 152064, True),
 }
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-NORMED = ("qkv", "gate_up", "head")
-NEXT = {"qkv": "o", "o": "gate_up", "gate_up": "down", "down": "qkv", "head": "qkv"}
 Configs = dict[str, StreamConfig | None]
 
 
@@ -47,7 +48,7 @@ class Step:
     """The products of one decode step with static buffers; attention is replaced by a view of qkv."""
 
     def __init__(self, model: Model, scheme: str) -> None:
-        self.model, self.dtype, self.prefetch = model, DTYPES[scheme], True
+        self.model, self.dtype = model, DTYPES[scheme]
         shapes = {
             "qkv": (model.qkv, model.hidden),
             "o": (model.hidden, model.hidden),
@@ -56,6 +57,7 @@ class Step:
         }
         self.layers = [{name: self.make(*shape) for name, shape in shapes.items()} for _ in range(model.layers)]
         self.head = self.make(model.vocab, model.hidden)
+        self.matrices = {name: weight for name, (weight, _) in self.layers[0].items()} | {"head": self.head[0]}
         self.norm = torch.rand(model.hidden, device="cuda").to(torch.bfloat16) + 0.5
         self.bias = torch.randn(model.qkv, device="cuda").to(torch.bfloat16) if model.qkv_bias else None
         weights = [weight for layer in self.layers for weight, _ in layer.values()] + [self.head[0]]
@@ -81,13 +83,7 @@ class Step:
 
         def product(name: str, layer: int, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> None:
             weight, scale = self.head if name == "head" else self.layers[layer][name]
-            following = None
-            if self.prefetch:
-                after = NEXT[name] if name != "down" or layer + 1 < model.layers else "head"
-                layer_after = layer + (name == "down") if name != "head" else 0
-                next_weight, _ = self.head if after == "head" else self.layers[layer_after][after]
-                following = NextWeight(next_weight, after == "gate_up", configs.get(after))
-            stream_linear(x, weight, scale=scale, out=out, config=configs.get(name), next_weight=following, **fused)
+            stream_linear(x, weight, scale=scale, out=out, config=configs.get(name), **fused)
 
         def run() -> None:
             norm = {"norm_weight": self.norm, "eps": 1e-5}
@@ -127,9 +123,8 @@ def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> 
     """The fastest configuration of each matrix in turn, in the whole chain."""
     configs: Configs = {}
     best = step.time(rows, configs)
-    matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
     for name in ("gate_up", "down", "qkv", "o", "head"):
-        for config in variants(matrices[name], rows, name in NORMED):
+        for config in variants(step.matrices[name], rows):
             if time.perf_counter() > deadline:
                 return configs
             ms = step.time(rows, configs | {name: config})
@@ -139,15 +134,13 @@ def tune(step: Step, rows: int, deadline: float, log: Callable[[str], None]) -> 
     return configs
 
 
-def variants(weight: torch.Tensor, rows: int, normed: bool) -> list[StreamConfig]:
+def variants(weight: torch.Tensor, rows: int) -> list[StreamConfig]:
     """More than `candidates`: also other copies in flight and numbers of warps."""
     k, size = weight.shape[1], weight.element_size()
-    default = module.default_config(weight, rows, normed)
+    default = module.default_config(weight, rows)
     changes: list[dict[str, int]] = [{}]
     changes += [{"in_flight_bytes": kib << 10} for kib in (32, 64, 96)]
     changes += [
-        {"tile_rows": 32, "segment_bytes": 512, "warps": 4},
-        {"tile_rows": 32, "segment_bytes": 1024},
         {"segment_bytes": 2048},
         {"warps": 4},
         {"segment_bytes": 512, "warps": 4},
@@ -159,36 +152,33 @@ def variants(weight: torch.Tensor, rows: int, normed: bool) -> list[StreamConfig
 
 def sweep(step: Step, rows: int) -> list[str]:
     """Milliseconds of a step with the same settings for all its products, fastest first."""
-    matrices = {name: weight for name, (weight, _) in step.layers[0].items()} | {"head": step.head[0]}
     found = []
-    for integer, overlapped, spread, flight, prefetch in itertools.product(
-        (False, True) if step.dtype == torch.int8 else (False,),
-        (False, True),
-        (0, 1),
-        (32, 48),
-        (0, 16),
-    ):
+    for in_turns, spread, flight in itertools.product((False, True), (0, 1), (32, 48)):
         configs = {}
-        for name, weight in matrices.items():
+        for name, weight in step.matrices.items():
             k, size = weight.shape[1], weight.element_size()
-            halves = (module.SHARED_BYTES_ABOVE_HALF, module.SHARED_BYTES_BELOW_HALF)
-            settings = {
-                "integer": integer,
-                "shared_bytes": halves[name in NORMED] if overlapped else module.SHARED_BYTES,
-                "in_flight_bytes": flight << 10,
-                "prefetch_bytes": prefetch << 10,
-            }
+            settings = {"in_turns": in_turns, "in_flight_bytes": flight << 10}
             fitting = [StreamConfig(cluster, **settings) for cluster in (1, 2, 4, 8)]
             fitting = [config for config in fitting if module._fits(k, rows, size, config)]
             if fitting:
                 configs[name] = fitting[min(spread, len(fitting) - 1)]
-        step.prefetch = prefetch > 0
         clusters = "".join(str(config.cluster) for config in configs.values())
-        label = f"{'integer' if integer else 'float'} {'in turns' if overlapped else 'alone'} clusters {clusters}"
-        label += f" flight {flight} prefetch {prefetch}"
+        label = f"{'in turns' if in_turns else 'alone'} clusters {clusters} flight {flight}"
         found.append((step.time(rows, configs), label))
-    step.prefetch = True
     return [f"{ms:.3f} {label}" for ms, label in sorted(found)]
+
+
+def built(step: Step, rows: int) -> Configs:
+    """The configuration of each matrix that `hasten build` chooses. rows: one of ROW_BUCKETS."""
+    tuner = Tuner(time_in_turns)
+    dtype = str(step.dtype).removeprefix("torch.")
+    for name, weight in step.matrices.items():
+        shape = ProductShape(*weight.shape, dtype, rows, name == "gate_up")
+        tuner.best(shape.key, product_candidates(shape))
+    return {
+        name: stream_configs(tuner.choices, weight, name == "gate_up").get(rows)
+        for name, weight in step.matrices.items()
+    }
 
 
 def without_overlap(step: Step, rows: int) -> float:
@@ -207,7 +197,8 @@ def main() -> None:
     parser.add_argument("--schemes", default="bf16,int8,fp8")
     parser.add_argument("--rows", default="1,8,16")
     parser.add_argument("--sweep", action="store_true", help="one setting changed for all products")
-    parser.add_argument("--tune", action="store_true", help="each product's fastest split")
+    parser.add_argument("--build", action="store_true", help="each product's split as build tunes it by itself")
+    parser.add_argument("--tune", action="store_true", help="each product's fastest split in the whole step")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds after which no variant is tried any more")
     arguments = parser.parse_args()
     deadline = time.perf_counter() + arguments.budget
@@ -220,6 +211,8 @@ def main() -> None:
                 ms, alone_ms = step.time(rows, {}), without_overlap(step, rows)
                 line = f"| {model} | {scheme} | {rows} | {limit_ms:.2f} | {alone_ms:.3f} | {ms:.3f} |"
                 line += f" {limit_ms / ms:.0%} |"
+                if arguments.build:
+                    line += f" built: {step.time(rows, built(step, rows)):.3f} |"
                 if arguments.sweep:
                     line += "\n    ".join(sweep(step, rows)) + " |"
                 if arguments.tune:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hasten.engine.tuning import Tuner
+from hasten.errors import ResourceError
 from hasten.kernels.product_shape import ProductShape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -45,6 +46,36 @@ def test_what_cannot_run_is_left_out() -> None:
     times = time_in_turns([broken, lambda: x.add_(1)])
     assert times[0] == math.inf
     assert 0 < times[1] < 100
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
+    stream = torch.cuda.current_stream()
+    x = torch.randn(1000, device="cuda")
+
+    def broken() -> None:
+        x.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a capture")
+
+    times = time_in_turns([broken, lambda: x.add_(1)])
+    assert times[0] == math.inf
+    assert times[1] < 100
+    assert torch.cuda.current_stream() == stream
+
+
+def test_memory_that_runs_out_is_said() -> None:
+    """A graph without memory for torch's random state would end the process."""
+    x = torch.ones(1000, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total_bytes = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total_bytes)
+    try:
+        with pytest.raises(ResourceError, match="memory"):
+            time_in_turns([lambda: x.add_(1)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert time_in_turns([lambda: x.add_(1)])[0] < 100
 
 
 def test_a_dtype_without_a_kernel_has_no_variants() -> None:

@@ -1,5 +1,6 @@
 """The weight-streaming product against float64, over shapes, dtypes and everything it fuses."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 if torch.cuda.is_available():
+    from hasten.kernels.cuda import stream_linear as stream_linear_module
+    from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES
     from hasten.kernels.cuda.stream_linear import (
-        NextWeight,
         candidates,
         default_config,
         stream_linear,
@@ -59,13 +61,7 @@ def test_product_is_right(dtype: torch.dtype, weight_dtype: torch.dtype, shape: 
     x = torch.randn(rows, k, device="cuda").to(dtype)
     out = poisoned(rows, n, dtype=dtype)
     stream_linear(x, weight, scale=scale, out=out)
-    reference = stream_linear_reference(x, weight, scale=scale)
-    assert relative_error(out, reference) < TOLERANCE[dtype]
-    configs = [config for config in candidates(weight, rows) if config.integer]
-    if configs:
-        out = poisoned(rows, n, dtype=torch.float32)
-        stream_linear(x, weight, scale=scale, out=out, config=configs[0])
-        assert relative_error(out, reference) < 1e-5
+    assert relative_error(out, stream_linear_reference(x, weight, scale=scale)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
@@ -110,6 +106,31 @@ def test_every_candidate_is_right(
         assert relative_error(out, reference) < TOLERANCE[dtype], config
 
 
+@pytest.mark.parametrize(("rows", "cluster"), [(1, 1), (1, 8), (8, 1), (8, 4), (16, 2), (16, 8)])
+def test_many_tiles_of_a_cta_are_right(rows: int, cluster: int) -> None:
+    """So many that buffers of partial sums, slots of the cluster and the ring are used again and again."""
+    n, k = 16 * 132 * 9 + 5, 8192
+    weight, scale = make_weight(n, k, torch.int8)
+    x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
+    config = dataclasses.replace(default_config(weight, rows), cluster=cluster)
+    results = [poisoned(rows, n, dtype=torch.float32) for _ in range(10)]
+    for out in results:
+        stream_linear(x, weight, scale=scale, out=out, config=config)
+    assert relative_error(results[0], stream_linear_reference(x, weight, scale=scale)) < 1e-5
+    assert all(torch.equal(out, results[0]) for out in results[1:])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_kernels_in_turns_share_a_multiprocessor(rows: int, weight_dtype: torch.dtype) -> None:
+    weight, _ = make_weight(6144, 4096, weight_dtype)
+    config = default_config(weight, rows)
+    assert config.in_turns
+    plans = [stream_linear_module._plan(6144, 4096, rows, 1, False, 1, normed, config, 0) for normed in (False, True)]
+    assert sum(plan.shared_bytes for plan in plans) <= MAX_SHARED_BYTES
+    assert 2 * plans[0].shared_bytes > MAX_SHARED_BYTES
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.int8, FP8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_code_is_widened_exactly(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
@@ -151,8 +172,7 @@ def test_a_captured_chain_repeats_itself() -> None:
     def step() -> None:
         hidden.copy_(x)
         for weight in weights:
-            following = NextWeight(weight)
-            stream_linear(hidden, weight, norm_weight=norm_weight, eps=1e-6, out=middle, next_weight=following)
+            stream_linear(hidden, weight, norm_weight=norm_weight, eps=1e-6, out=middle)
             stream_linear(middle, weight, residual=hidden, out=hidden)
 
     step()

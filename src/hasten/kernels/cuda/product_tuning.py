@@ -2,17 +2,20 @@
 
 A variant is timed as a chain of launches over several copies of the weights, in one CUDA graph:
 each launch then reads weights that are not in the cache, and may start while the one before it
-ends, as in a decode step.
+ends, as in a decode step. As there, launches with and without a norm take turns, on which it depends
+how much of the next kernel fits beside one.
 """
 
 import hashlib
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from hasten.errors import ResourceError
 from hasten.kernels.cuda.stream_linear import SOURCE, WEIGHT_KINDS, StreamConfig, candidates, stream_linear, supports
 from hasten.kernels.product_shape import ROW_BUCKETS, ProductShape
 
@@ -25,14 +28,14 @@ REPEATS = 15
 
 
 def environment() -> str:
-    """What times depend on: the GPU, the driver's CUDA, and the kernel's source."""
+    """What times depend on: the GPU, the driver's CUDA, and the sources of the kernel and of its candidates."""
     major, minor = torch.cuda.get_device_capability()
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(SOURCE.read_bytes() + SOURCE.with_suffix(".py").read_bytes()).hexdigest()[:12]
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}, stream_linear {digest}"
 
 
 def config_name(config: StreamConfig) -> str:
-    """A configuration as text: "stages6-cluster1-..."."""
+    """A configuration as text: "cluster1-segmentbytes1024-..."."""
     return "-".join(f"{name.replace('_', '')}{value}" for name, value in vars(config).items())
 
 
@@ -53,8 +56,25 @@ def stream_configs(tuning: Mapping[str, str], weight: torch.Tensor, is_gated: bo
     return found
 
 
+@contextmanager
+def _memory_refused() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        raise ResourceError(
+            f"the GPU's memory ran out while its kernels were tuned, with {free_bytes / 2**30:.1f} of "
+            f"{total_bytes / 2**30:.1f} GiB free: end what else uses the GPU, or take a smaller model or scheme"
+        ) from error
+
+
+@_memory_refused()
 def product_candidates(shape: ProductShape) -> dict[str, Callable[[], None]]:
-    """A chain of launches for each configuration, on random weights; {} where the kernel cannot run."""
+    """A chain of launches for each configuration, on random weights; {} where the kernel cannot run.
+
+    Raises:
+        ResourceError: the GPU has no memory for the chain's weights.
+    """
     rows_out, rows_in, rows, is_gated = shape.rows_out, shape.rows_in, shape.rows, shape.is_gated
     dtype: torch.dtype = getattr(torch, shape.dtype)
     if dtype not in WEIGHT_KINDS or torch.cuda.get_device_capability() != (9, 0):
@@ -70,21 +90,41 @@ def product_candidates(shape: ProductShape) -> dict[str, Callable[[], None]]:
     if not supports(weights[0], rows):
         return {}
     x = torch.randn(rows, rows_in, device="cuda").to(x_dtype)
+    norm_weight = torch.ones(rows_in, dtype=x_dtype, device="cuda")
     out = torch.empty(rows, rows_out // (2 if is_gated else 1), dtype=x_dtype, device="cuda")
 
     def chain(config: StreamConfig) -> Callable[[], None]:
         def run() -> None:
-            for weight in weights:
-                stream_linear(x, weight, scale=scale, gated=is_gated, out=out, config=config)
+            for launch in range(max(2, num_copies)):
+                stream_linear(
+                    x,
+                    weights[launch % num_copies],
+                    scale=scale,
+                    norm_weight=norm_weight if launch % 2 else None,
+                    gated=is_gated,
+                    out=out,
+                    config=config,
+                )
 
         return run
 
     return {config_name(config): chain(config) for config in candidates(weights[0], rows)}
 
 
+@_memory_refused()
 def time_in_turns(operations: Sequence[Callable[[], None]]) -> list[float]:
-    """Milliseconds of each, the median over turns; inf for one that cannot be captured in a CUDA graph."""
-    graphs = [_captured(operation) for operation in operations]
+    """Milliseconds of each, the median over turns; inf for one that cannot be captured in a CUDA graph.
+
+    Raises:
+        ResourceError: the GPU's memory ran out.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # A CUDAGraph that gets no memory for the state of random numbers when its capture begins ends the process:
+        # torch's destructor throws. Beside this, in the same block of the allocator, there is room for that state.
+        reserve = torch.empty(1, device="cuda")
+    graphs = [_captured(operation, stream) for operation in operations]
+    del reserve
     times: list[list[float]] = [[] for _ in graphs]
     for turn in range(REPEATS + 2):
         for graph, found in zip(graphs, times, strict=True):
@@ -100,12 +140,23 @@ def time_in_turns(operations: Sequence[Callable[[], None]]) -> list[float]:
     return [statistics.median(found) if found else math.inf for found in times]
 
 
-def _captured(operation: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-    graph = torch.cuda.CUDAGraph()
+def _captured(operation: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """None for an operation that cannot be launched or captured.
+
+    Without torch.cuda.graph, which leaves the capture's stream current when a capture fails.
+    """
     try:
-        operation()  # compiles, and refuses what cannot be launched
-        with torch.cuda.graph(graph):
-            operation()
+        operation()  # compiles, allocates, and refuses what cannot be launched
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                operation()
+            finally:
+                graph.capture_end()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         torch.cuda.synchronize()  # an error that spoils the whole process goes on
         logger.warning("a kernel variant is left out: %s", str(error).splitlines()[0])

@@ -1,9 +1,10 @@
 // y = W @ x for 1 to 16 rows of x, bound by reading W once from memory.
 //
-// A cluster of CTAs owns tiles of 16 * M_TILES weight rows and splits their K between its CTAs. In a CTA
+// A cluster of CTAs owns tiles of 16 weight rows and splits their K between its CTAs. In a CTA
 // one warp keeps a ring of shared-memory stages filled by the tensor copy engine, TEAMS teams of warps take
-// stages in turn, the warps of a team split a stage's K and multiply on the tensor cores (weights are the 16-row operand, x the 8-column one), and
-// one warp sums their partial results and writes the output. Sums are taken in a fixed order: no atomics.
+// stages in turn, the warps of a team split a stage's K and multiply on the tensor cores (weights are the
+// 16-row operand, x the 8-column one), and one warp sums their partial results and writes the output. Sums
+// are taken in a fixed order: no atomics.
 //
 // Launched with programmatic stream serialization, a kernel starts while the one before it still runs
 // and fills its ring with weights, which no kernel writes. x, the residual and the output are touched
@@ -16,16 +17,17 @@
 // The order in which K is summed is free, so each thread reads 16 contiguous bytes of a weight row and
 // the elements of x that belong to them; the instruction's own element order never matters.
 //
-// int8 weights either become x's type, or (INTEGER) x becomes 22-bit integers in three 8-bit parts, exact
-// for bf16 elements down to 2^-14 of a row's largest: then no weight is converted.
+// One-byte weights are converted to x's type in registers, exactly.
 //
-// Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), INTEGER, X_HALF (0: bf16, 1: fp16),
-// N_TILES (1: up to 8 rows, 2: up to 16), M_TILES, SEGMENT (bytes of a weight row in a stage), WARPS, TEAMS.
+// Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), X_HALF (0: bf16, 1: fp16), N_TILES
+// (1: up to 8 rows, 2: up to 16), SEGMENT (bytes of a weight row in a stage), WARPS, TEAMS.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+
+#define UNROLL _Pragma("unroll")
 
 struct alignas(64) Params {
     u64 map[16];            // tensor map of the weights: [128 bytes][num_weight_rows][k / 128 bytes], 8 rows a box
@@ -35,9 +37,6 @@ struct alignas(64) Params {
     const u8* norm_weight;  // [k], as x, or null: no norm
     const u8* residual;     // [rows, n], as x, or null; may be out
     void* out;              // [rows, n], as x or float
-    const u8* next;         // the next product's weights, or null: their beginning is brought into the L2 cache
-    long long next_half;    // bytes from its rows 0 to 7 of a tile's 16 to rows 8 to 15
-    int next_row_bytes, next_tile_rows, next_tiles, next_cluster, next_slice, next_bytes;
     int n, k, rows, tiles;
     int own_tiles;          // at most so many tiles are written by one CTA
     int stages, in_flight;
@@ -46,40 +45,36 @@ struct alignas(64) Params {
     float eps;
 };
 
-constexpr int TILE_ROWS = 16 * M_TILES;
+constexpr int TILE_ROWS = 16;
 constexpr int ELEMENT = WEIGHT_KIND == 0 ? 2 : 1;
-constexpr int X_RAW = 2 / ELEMENT;              // bytes of x that one byte of a weight row meets
-constexpr int PARTS = 3;                        // of x as integers, [part][k] for each row
-constexpr int X_PER_WEIGHT_BYTE = INTEGER ? 1 : X_RAW;  // of one part
-constexpr int X_LOADS = INTEGER ? PARTS : X_RAW;        // of 16 bytes in a round
-constexpr bool NORM_FIRST = X_HALF && !INTEGER;         // fp16's range wants the norm's factor applied to x
-constexpr int STAGE = TILE_ROWS * SEGMENT;      // [8-row group][block][row][128 bytes, swizzled by row]
+constexpr int X_PER_BYTE = 2 / ELEMENT;        // bytes of x that one byte of a weight row meets
+constexpr int STAGE = TILE_ROWS * SEGMENT;     // [8-row group][block][row][128 bytes, swizzled by row]
 constexpr int GROUP = 8 * SEGMENT;
-constexpr int BLOCK = 128;                      // bytes of a weight row in two rounds of products
+constexpr int BLOCK = 128;                     // bytes of a weight row in two rounds of products
 constexpr int BLOCKS = SEGMENT / BLOCK;
-constexpr int TEAM = WARPS / TEAMS;              // warps of a team
+constexpr int TEAM = WARPS / TEAMS;            // warps of a team
 constexpr int BLOCKS_PER_WARP = BLOCKS / TEAM;
-constexpr int PARTIAL = M_TILES * N_TILES * 32 * 16;  // bytes of one warp's partial results
+constexpr int PARTIAL = N_TILES * 32 * 16;     // bytes of one warp's partial results
 constexpr int MAX_CLUSTER = 8;
 constexpr int THREADS = (WARPS + 2) * 32;
 static_assert(BLOCKS % TEAM == 0 && WARPS % TEAMS == 0, "a stage's blocks divide between a team's warps");
 
 // shared memory: barriers, sums of squares, two buffers of partial results, those of the cluster, scales,
 // biases, norm weights, x, ring
-constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_FULL = 264, PART_EMPTY = 280;
-constexpr int PEER_FULL = 296, SQUARES_FULL = 312, PEER_EMPTY = 320;  // PEER_EMPTY: [MAX_CLUSTER][2]
-constexpr int SQUARES_BY_WARP = 512, LARGEST_BY_WARP = SQUARES_BY_WARP + 16 * WARPS * 4;
-constexpr int SQUARES_BY_RANK = LARGEST_BY_WARP + 16 * WARPS * 4;
+constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_EMPTY = 264;
+constexpr int PEER_FULL = 280, SQUARES_FULL = 296, PEER_EMPTY = 304;  // PEER_EMPTY: [MAX_CLUSTER][2]
+constexpr int SQUARES_BY_WARP = 512, SQUARES_BY_RANK = SQUARES_BY_WARP + 16 * WARPS * 4;
 constexpr int PARTIALS = SQUARES_BY_RANK + MAX_CLUSTER * 16 * 4;
+
+// named barriers; 0 is that of __syncthreads
+constexpr int FACTORS_FOUND = 1, X_NORMED = 2, PART_FULL = 3;  // PART_FULL: one for each buffer
 
 // Where things are for this CTA, and its part of K.
 struct Place {
-    u32 base, peer_slots, scales, biases, norm, raw, x, ring;  // raw: x before it became integers, else x
+    u32 base, peer_slots, scales, biases, norm, x, ring;
     int rank, cluster, first_tile, tile_step;
-    int begin, bytes, x_pitch, raw_pitch;  // of a weight row: first byte, bytes; of x in shared memory
+    int begin, bytes, x_pitch;  // of a weight row: first byte, bytes; of x in shared memory
 };
-
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -105,6 +100,17 @@ __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// Named barriers, for whole warps: every lane arrives for itself, so what it wrote is seen by all who waited.
+template <int ID, int NUM_WARPS>
+__device__ __forceinline__ void named_barrier_sync() {
+    __syncwarp();
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(NUM_WARPS * 32) : "memory");
+}
+template <int ID, int NUM_WARPS>
+__device__ __forceinline__ void named_barrier_arrive() {
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(NUM_WARPS * 32) : "memory");
+}
 __device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
     u32 result;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
@@ -126,7 +132,8 @@ __device__ __forceinline__ void copy_weights(u32 to, const Params& p, int row, i
 
 __device__ __forceinline__ uint4 load_shared(u32 address) {
     uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
 __device__ __forceinline__ float4 load_shared_float4(u32 address) {
@@ -141,10 +148,12 @@ __device__ __forceinline__ float load_shared_float(u32 address) {
     return v;
 }
 __device__ __forceinline__ void store_shared(u32 address, uint4 v) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-__device__ __forceinline__ void store_shared(u32 address, const float (&v)[4]) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+__device__ __forceinline__ void store_shared(u32 address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared_float(u32 address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
@@ -163,7 +172,8 @@ __device__ __forceinline__ void store_peer_float(u32 address, float v, u32 barri
 __device__ __forceinline__ float2 unpack(u32 pair) {
 #if X_HALF
     float2 v;
-    asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
+    asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}"
+        : "=f"(v.x), "=f"(v.y) : "r"(pair));
     return v;
 #else
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
@@ -185,26 +195,21 @@ __device__ __forceinline__ float load_element(const u8* base, long long index) {
 __device__ __forceinline__ float load_activation(const u8* base, long long index) {
     return unpack(__ldcg(reinterpret_cast<const u16*>(base) + index)).x;
 }
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-    u32 result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-    return result;
-}
 
 // Four one-byte weights to two words of two elements of x's type. Exact: the low bits of a constant whose
 // unit in the last place is one take the code, then the constant is subtracted.
 __device__ __forceinline__ void widen(u32 codes, u32& first, u32& second) {
 #if WEIGHT_KIND == 1 && X_HALF  // 0x6400 | u = 1024 + u, u = code + 128
     codes ^= 0x80808080u;
-    first = permute(codes, 0x64646464u, 0x4140), second = permute(codes, 0x64646464u, 0x4342);
+    first = __byte_perm(codes, 0x64646464u, 0x4140), second = __byte_perm(codes, 0x64646464u, 0x4342);
     asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(first) : "r"(0x64806480u));
     asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(second) : "r"(0x64806480u));
 #elif WEIGHT_KIND == 1          // 0x4300 | low 7 bits = 128 + low, minus 128, or 256 where the code is negative
-    first = permute(codes, 0x43434343u, 0x4140), second = permute(codes, 0x43434343u, 0x4342);
+    first = __byte_perm(codes, 0x43434343u, 0x4140), second = __byte_perm(codes, 0x43434343u, 0x4342);
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(first) : "r"(first & 0xff7fff7fu), "r"(first & 0xff80ff80u));
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(second) : "r"(second & 0xff7fff7fu), "r"(second & 0xff80ff80u));
 #elif WEIGHT_KIND == 2          // sign, exponent and mantissa in place; the product mends the exponent's offset
-    first = permute(codes, 0, 0x1404), second = permute(codes, 0, 0x3424);
+    first = __byte_perm(codes, 0, 0x1404), second = __byte_perm(codes, 0, 0x3424);
     constexpr int SHIFT = X_HALF ? 1 : 4;
     first = (first & 0x80008000u) | ((first & 0x7f007f00u) >> SHIFT);
     second = (second & 0x80008000u) | ((second & 0x7f007f00u) >> SHIFT);
@@ -228,182 +233,62 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void multiply(int (&c)[4], bool is_signed, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    if (is_signed) {
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    } else {
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
-}
+// Two sets, so that a product rarely waits for the one before.
+typedef float Sums[2][N_TILES][4];
 
-// Two sets, so that a product rarely waits for the one before; of integers one for each part.
-#if INTEGER
-typedef int Sums[PARTS][M_TILES][N_TILES][4];
-#else
-typedef float Sums[2][M_TILES][N_TILES][4];
-#endif
-
-// 16 bytes of each of the thread's weight rows with the x that they meet.
-__device__ __forceinline__ void multiply_round(
-    Sums& sums, const uint4 (&w)[M_TILES][2], const uint4 (&x)[N_TILES][X_LOADS]) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++) {
-        const u32 top[4] = {w[m][0].x, w[m][0].y, w[m][0].z, w[m][0].w};
-        const u32 low[4] = {w[m][1].x, w[m][1].y, w[m][1].z, w[m][1].w};
-#if INTEGER
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++)
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    const uint4 v = x[n][part];
-                    multiply(sums[part][m][n], part == 0, top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1],
-                             j ? v.z : v.x, j ? v.w : v.y);
-                }
-#elif WEIGHT_KIND == 0
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-                const u32 b[4] = {x[n][0].x, x[n][0].y, x[n][0].z, x[n][0].w};
-                multiply(sums[j][m][n], top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1], b[2 * j], b[2 * j + 1]);
-            }
+// 16 bytes of the thread's two weight rows with the x that they meet.
+__device__ __forceinline__ void multiply_round(Sums& sums, const uint4 (&w)[2], const uint4 (&x)[N_TILES][X_PER_BYTE]) {
+    const u32 top[4] = {w[0].x, w[0].y, w[0].z, w[0].w};
+    const u32 low[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
+#if WEIGHT_KIND == 0
+    UNROLL for (int j = 0; j < 2; j++) {
+        UNROLL for (int n = 0; n < N_TILES; n++) {
+            const uint4 v = x[n][0];
+            multiply(sums[j][n], top[2 * j], low[2 * j], top[2 * j + 1], low[2 * j + 1], j ? v.z : v.x, j ? v.w : v.y);
         }
-#else
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 a0, a1, a2, a3;
-            widen(top[j], a0, a2);
-            widen(low[j], a1, a3);
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-                const uint4 v = x[n][j / 2];
-                multiply(sums[j % 2][m][n], a0, a1, a2, a3, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
-            }
-        }
-#endif
     }
+#else
+    UNROLL for (int j = 0; j < 4; j++) {
+        u32 a0, a1, a2, a3;
+        widen(top[j], a0, a2);
+        widen(low[j], a1, a3);
+        UNROLL for (int n = 0; n < N_TILES; n++) {
+            const uint4 v = x[n][j / 2];
+            multiply(sums[j % 2][n], a0, a1, a2, a3, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+        }
+    }
+#endif
 }
 
 // One warp's blocks of a stage, in two rounds each. PART: the stage holds only `blocks` of them, K's end.
 template <bool PART>
-__device__ __forceinline__ void multiply_stage(
-    Sums& sums, u32 stage, const u32 (&w_offset)[2], const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], u32 x_step, int blocks, int warp) {
-#pragma unroll
-    for (int i = 0; i < BLOCKS_PER_WARP; i++) {
+__device__ __forceinline__ void multiply_stage(Sums& sums, u32 stage, const u32 (&w_offset)[2],
+        const u32 (&x_row)[N_TILES], const u32 (&x_offset)[2], int blocks, int warp) {
+    UNROLL for (int i = 0; i < BLOCKS_PER_WARP; i++) {
         const int block = warp % TEAM + i * TEAM;
         if (PART && block >= blocks) break;
-        uint4 w[2][M_TILES][2], x[2][N_TILES][X_LOADS];
-#pragma unroll
-        for (int round = 0; round < 2; round++) {
-#pragma unroll
-            for (int m = 0; m < M_TILES; m++) {
-                w[round][m][0] = load_shared(stage + m * 2 * GROUP + block * 8 * BLOCK + w_offset[round]);
-                w[round][m][1] = load_shared(stage + (m * 2 + 1) * GROUP + block * 8 * BLOCK + w_offset[round]);
-            }
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++)
-#pragma unroll
-                for (int j = 0; j < X_LOADS; j++)
-                    x[round][n][j] = load_shared(x_row[n] + block * BLOCK * X_PER_WEIGHT_BYTE + x_offset[round] + j * x_step);
+        uint4 w[2][2], x[2][N_TILES][X_PER_BYTE];
+        UNROLL for (int round = 0; round < 2; round++) {
+            w[round][0] = load_shared(stage + block * 8 * BLOCK + w_offset[round]);
+            w[round][1] = load_shared(stage + GROUP + block * 8 * BLOCK + w_offset[round]);
+            UNROLL for (int n = 0; n < N_TILES; n++)
+                UNROLL for (int j = 0; j < X_PER_BYTE; j++)
+                    x[round][n][j] = load_shared(x_row[n] + block * BLOCK * X_PER_BYTE + x_offset[round] + j * 16);
         }
-#pragma unroll
-        for (int round = 0; round < 2; round++) multiply_round(sums, w[round], x[round]);
+        UNROLL for (int round = 0; round < 2; round++) multiply_round(sums, w[round], x[round]);
     }
 }
 
-// Row of the weights that row r of a tile holds; a gated tile's groups of 16 are 8 gate and 8 up rows.
+// Row of the weights that row r of a tile holds; a gated tile is 8 gate and 8 up rows.
 __device__ __forceinline__ int weight_row(const Params& p, int tile, int r) {
     if (!p.gated) return tile * TILE_ROWS + r;
-    return tile * (TILE_ROWS / 2) + (r / 16) * 8 + r % 8 + (r % 16 < 8 ? 0 : p.n);
+    return tile * 8 + r % 8 + (r < 8 ? 0 : p.n);
 }
-__device__ __forceinline__ int output_column(const Params& p, int tile, int m, int half, int g) {
-    return p.gated ? tile * (TILE_ROWS / 2) + m * 8 + g : tile * TILE_ROWS + m * 16 + half * 8 + g;
-}
-
-#if INTEGER
-// An integer's bits are the low ones of its sum with 1.5 * 2^23; it is x * 2^20 over the power of two below the
-// row's largest. `largest`: that element's bits.
-__device__ __forceinline__ u32 exponent_of(u32 largest) { return max(largest >> 23, 25u); }
-__device__ __forceinline__ float to_integer(u32 largest) { return __uint_as_float((274 - exponent_of(largest)) << 23); }
-__device__ __forceinline__ float from_integer(u32 largest) { return __uint_as_float((exponent_of(largest) - 20) << 23); }
-
-__device__ __forceinline__ u32 largest_of_row(u32 base, int row) {
-    u32 largest = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++)
-        largest = max(largest, __float_as_uint(load_shared_float(base + LARGEST_BY_WARP + (row * WARPS + w) * 4)));
-    return largest;
+// Column of the result that row g of a tile's upper or lower eight gives.
+__device__ __forceinline__ int output_column(const Params& p, int tile, int half, int g) {
+    return p.gated ? tile * 8 + g : tile * TILE_ROWS + half * 8 + g;
 }
 
-// Eight elements of x, times the norm's weights.
-__device__ __forceinline__ void load_eight(const Params& p, const Place& at, int row, int e, float (&raw)[8], float (&v)[8]) {
-    const uint4 x = load_shared(at.raw + row * at.raw_pitch + e * 2);
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-    uint4 norm;
-    if (p.norm_weight) norm = load_shared(at.norm + e * 2);
-    const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float2 f = unpack(words[j]), w = p.norm_weight ? unpack(norms[j]) : make_float2(1.0f, 1.0f);
-        raw[2 * j] = f.x, raw[2 * j + 1] = f.y;
-        v[2 * j] = f.x * w.x, v[2 * j + 1] = f.y * w.y;
-    }
-}
-
-// This CTA's part of x as integers in parts, highest first; sums of squares and largest elements by warp and row.
-__device__ __forceinline__ void split_x(const Params& p, const Place& at, int warp, int lane) {
-    const int count = at.bytes;
-    float raw[8], v[8];
-    for (int row = 0; row < p.rows; row++) {
-        float squares = 0;
-        u32 largest = 0;
-        for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
-            load_eight(p, at, row, e, raw, v);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                squares += raw[j] * raw[j];
-                largest = max(largest, __float_as_uint(fabsf(v[j])));
-            }
-        }
-        largest = __reduce_max_sync(~0u, largest);
-        if (p.norm_weight) {
-#pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(~0u, squares, offset);
-        }
-        if (lane == 0) {
-            store_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + warp) * 4, squares);
-            store_shared_float(at.base + LARGEST_BY_WARP + (row * WARPS + warp) * 4, __uint_as_float(largest));
-        }
-    }
-    asm volatile("bar.sync 2, %0;" ::"n"(WARPS * 32) : "memory");
-    for (int row = 0; row < p.rows; row++) {
-        const float factor = to_integer(largest_of_row(at.base, row));
-        for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
-            load_eight(p, at, row, e, raw, v);
-            u32 part[PARTS][2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 bits[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) bits[j] = __float_as_uint(fmaf(v[h * 4 + j], factor, 12582912.0f));
-                const u32 a = permute(bits[0], bits[1], 0x5140), b = permute(bits[2], bits[3], 0x5140);
-                part[2][h] = permute(a, b, 0x5410), part[1][h] = permute(a, b, 0x7632);
-                const u32 high = permute(permute(bits[0], bits[1], 0x0062), permute(bits[2], bits[3], 0x0062), 0x5410) ^ 0x40404040u;
-                part[0][h] = high | (high & 0x40404040u) << 1;  // less 64: the 0.5 * 2^23 in the sum
-            }
-#pragma unroll
-            for (int i = 0; i < PARTS; i++)
-                asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at.x + row * at.x_pitch + i * p.slice + e), "r"(part[i][0]), "r"(part[i][1]) : "memory");
-        }
-    }
-}
-#endif
-
-#if !INTEGER
 #if X_HALF
 // The norm's factors of all rows into the first column of SQUARES_BY_WARP, from all of x.
 __device__ __forceinline__ void find_factors(const Params& p, const Place& at, int warp, int lane) {
@@ -413,17 +298,15 @@ __device__ __forceinline__ void find_factors(const Params& p, const Place& at, i
         for (int e = lane * 8; e < p.k; e += 256) {
             const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.x + ((long long)row * p.k + e) * 2));
             const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
+            UNROLL for (int j = 0; j < 4; j++) {
                 const float2 f = unpack(words[j]);
                 sum += f.x * f.x + f.y * f.y;
             }
         }
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+        UNROLL for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
         if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + row * WARPS * 4, rsqrtf(sum / p.k + p.eps));
     }
-    asm volatile("bar.sync 2, %0;" ::"n"(WARPS * 32) : "memory");
+    named_barrier_sync<FACTORS_FOUND, WARPS>();
 }
 #endif
 
@@ -443,18 +326,15 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
             const uint4 norm = load_shared(at.norm + e * 2);
             const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
             uint4 x[ROWS];
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
+            UNROLL for (int r = 0; r < ROWS; r++)
                 if (row0 + r < p.rows) x[r] = load_shared(at.x + (row0 + r) * at.x_pitch + e * 2);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
+            UNROLL for (int r = 0; r < ROWS; r++) {
                 if (row0 + r >= p.rows) continue;
                 u32 words[4] = {x[r].x, x[r].y, x[r].z, x[r].w};
 #if X_HALF
                 const float factor = load_shared_float(at.base + SQUARES_BY_WARP + (row0 + r) * WARPS * 4);
 #endif
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
+                UNROLL for (int j = 0; j < 4; j++) {
                     const float2 f = unpack(words[j]);
 #if X_HALF
                     const float2 w = unpack(norms[j]);
@@ -464,32 +344,28 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
                     asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[j]) : "r"(norms[j]));
 #endif
                 }
-                store_shared(at.x + (row0 + r) * at.x_pitch + e * 2, make_uint4(words[0], words[1], words[2], words[3]));
+                const u32 to = at.x + (row0 + r) * at.x_pitch + e * 2;
+                store_shared(to, make_uint4(words[0], words[1], words[2], words[3]));
             }
         }
 #if !X_HALF
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) squares[r] += __shfl_xor_sync(~0u, squares[r], offset);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
+        UNROLL for (int offset = 16; offset > 0; offset /= 2)
+            UNROLL for (int r = 0; r < ROWS; r++) squares[r] += __shfl_xor_sync(~0u, squares[r], offset);
+        UNROLL for (int r = 0; r < ROWS; r++)
             if (lane == 0 && row0 + r < p.rows)
                 store_shared_float(at.base + SQUARES_BY_WARP + ((row0 + r) * WARPS + warp) * 4, squares[r]);
 #endif
     }
 }
-#endif
 
 // The norm's factor of row `lane % 16`, from all the cluster's sums of squares.
 __device__ __forceinline__ float norm_factor(const Params& p, const Place& at, int lane) {
-    if (NORM_FIRST) return 1.0f;
+    if (X_HALF) return 1.0f;
     const int row = lane % 16;
+    const u32 squares = at.base + SQUARES_BY_WARP + row * WARPS * 4;
     float sum = 0;
-    if (row < p.rows) {
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += load_shared_float(at.base + SQUARES_BY_WARP + (row * WARPS + w) * 4);
-    }
+    if (row < p.rows)
+        UNROLL for (int w = 0; w < WARPS; w++) sum += load_shared_float(squares + w * 4);
     if (at.cluster > 1) {
         for (int to = 0; to < at.cluster && lane < 16; to++)
             store_peer_float(peer_address(at.base + SQUARES_BY_RANK + (at.rank * 16 + row) * 4, to), sum,
@@ -514,19 +390,58 @@ __device__ __forceinline__ void load_scales(const Params& p, const Place& at, in
     __syncwarp();
 }
 
-// The residual where this thread will write: [m][n][half][batch row], as the products' results.
-__device__ __forceinline__ void load_residual(const Params& p, int tile, int lane, float (&values)[M_TILES][N_TILES][4]) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++)
-#pragma unroll
-            for (int v = 0; v < 4; v++) {
-                const int row = n * 8 + lane % 4 * 2 + v % 2, column = output_column(p, tile, m, v / 2, lane / 4);
-                values[m][n][v] = 0.0f;
-                if (p.residual && tile < p.tiles && row < p.rows && column < p.n)
-                    values[m][n][v] = load_activation(p.residual, (long long)row * p.n + column);
-            }
+// The residual where this thread will write: [n][half and batch row], as the products' results.
+__device__ __forceinline__ void load_residual(const Params& p, int tile, int lane, float (&values)[N_TILES][4]) {
+    UNROLL for (int n = 0; n < N_TILES; n++)
+        UNROLL for (int v = 0; v < 4; v++) {
+            const int row = n * 8 + lane % 4 * 2 + v % 2, column = output_column(p, tile, v / 2, lane / 4);
+            values[n][v] = 0.0f;
+            if (p.residual && tile < p.tiles && row < p.rows && column < p.n)
+                values[n][v] = load_activation(p.residual, (long long)row * p.n + column);
+        }
+}
+
+__device__ __forceinline__ void add(float4& sum, float4 part) {
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// Sums the partial results of the CTA's warps for its i-th tile, and frees their buffer. Every lane that wrote
+// or read takes part in the hand-over: one lane arriving on an mbarrier for its warp, after __syncwarp, would be
+// ordered as well, but racecheck does not follow that.
+__device__ __forceinline__ void sum_warps(const Place& at, int i, int lane, float4 (&sum)[N_TILES]) {
+    const int buffer = i & 1;
+    if (buffer == 0) named_barrier_sync<PART_FULL, WARPS + 1>();
+    else named_barrier_sync<PART_FULL + 1, WARPS + 1>();
+    UNROLL for (int n = 0; n < N_TILES; n++) {
+        const u32 address = at.base + PARTIALS + buffer * WARPS * PARTIAL + (n * 32 + lane) * 16;
+        sum[n] = load_shared_float4(address);
+        UNROLL for (int w = 1; w < WARPS; w++) add(sum[n], load_shared_float4(address + w * PARTIAL));
+    }
+    barrier_arrive(at.base + PART_EMPTY + buffer * 8);
+}
+
+// Sends a tile's sums to the CTA of the cluster that writes it, or there adds those of the others.
+__device__ __forceinline__ void sum_cluster(const Place& at, int owner, int own, int lane, float4 (&sum)[N_TILES]) {
+    const int slot = own & 1, round = own / 2;
+    const u32 slots = at.peer_slots + slot * at.cluster * PARTIAL, full = at.base + PEER_FULL + slot * 8;
+    if (at.rank != owner) {
+        if (round > 0) barrier_wait_cluster(at.base + PEER_EMPTY + (owner * 2 + slot) * 8, (round - 1) & 1);
+        UNROLL for (int n = 0; n < N_TILES; n++) {
+            const u32 to = peer_address(slots + at.rank * PARTIAL + (n * 32 + lane) * 16, owner);
+            store_peer(to, sum[n], peer_address(full, owner));
+        }
+        return;
+    }
+    barrier_wait_cluster(full, round & 1);
+    for (int from = 0; from < at.cluster; from++) {
+        if (from == at.rank) continue;
+        UNROLL for (int n = 0; n < N_TILES; n++)
+            add(sum[n], load_shared_float4(slots + from * PARTIAL + (n * 32 + lane) * 16));
+    }
+    if (lane == 0) barrier_expect(full, (at.cluster - 1) * PARTIAL);  // for the slot's next round
+    __syncwarp();
+    if (lane < at.cluster && lane != at.rank)
+        barrier_arrive_peer(peer_address(at.base + PEER_EMPTY + (at.rank * 2 + slot) * 8, lane));
 }
 
 __device__ __forceinline__ void write(const Params& p, int row, int column, float v) {
@@ -536,123 +451,65 @@ __device__ __forceinline__ void write(const Params& p, int row, int column, floa
     else static_cast<u16*>(p.out)[index] = (u16)pack(v, 0.0f);
 }
 
-// The epilogue warp: fetches all small operands, then sums partial results over warps and cluster, scales,
-// adds, activates and writes.
-__device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int lane) {
-    const u32 base = at.base;
-    const int g = lane / 4, t = lane % 4, rank = at.rank, cluster = at.cluster;
-    const int x_bytes = at.bytes * X_RAW, x_begin = at.begin * X_RAW;
-    if (p.norm_weight && lane == 0) {
-        barrier_expect_only(base + X_FULL, x_bytes);
-        bulk_copy(at.norm, p.norm_weight + x_begin, x_bytes, base + X_FULL);
+// Scales, adds and activates the sums of this CTA's own-th tile. factor: the norm's, of each batch row.
+__device__ __forceinline__ void write_tile(const Params& p, const Place& at, int tile, int own, int lane,
+        const float4 (&sum)[N_TILES], const float (&factor)[N_TILES][2], const float (&residual)[N_TILES][4]) {
+    const int g = lane / 4, t = lane % 4;
+    float scale[2], bias[2];
+    UNROLL for (int h = 0; h < 2; h++) {
+        const int e = (own * TILE_ROWS + h * 8 + g) * 4;
+        scale[h] = p.scale ? load_shared_float(at.scales + e) : 1.0f;
+        bias[h] = p.bias ? load_shared_float(at.biases + e) : 0.0f;
     }
-    if (p.scale || p.bias) load_scales(p, at, lane);
-
-    wait_for_previous_kernel();
-    if (lane == 0) barrier_expect(base + X_FULL, x_bytes * p.rows);
-    __syncwarp();
-    if (lane < p.rows) bulk_copy(at.raw + lane * at.raw_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, base + X_FULL);
-    float residual[M_TILES][N_TILES][4];
-    load_residual(p, at.first_tile + rank * at.tile_step, lane, residual);
-
-    if (p.norm_weight || INTEGER) asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
-    const float own_factor = p.norm_weight ? norm_factor(p, at, lane) : 1.0f;
-    float own_unit = 1.0f;  // of this CTA's integers
-#if INTEGER
-    if (lane % 16 < p.rows) own_unit = from_integer(largest_of_row(base, lane % 16));
-#endif
-    float factor[N_TILES][2], unit[N_TILES][2];
-#pragma unroll
-    for (int n = 0; n < N_TILES; n++)
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            factor[n][b] = __shfl_sync(~0u, own_factor, n * 8 + 2 * t + b);
-            unit[n][b] = __shfl_sync(~0u, own_unit, n * 8 + 2 * t + b);
-        }
-    int i = 0;
-    for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
-        const int owner = i % cluster, own = i / cluster, buffer = i & 1;
-        float4 sum[M_TILES * N_TILES];
-        barrier_wait(base + PART_FULL + buffer * 8, (i / 2) & 1);
-#pragma unroll
-        for (int v = 0; v < M_TILES * N_TILES; v++) {
-            const u32 address = base + PARTIALS + buffer * WARPS * PARTIAL + (v * 32 + lane) * 16;
-            sum[v] = load_shared_float4(address);
-#pragma unroll
-            for (int w = 1; w < WARPS; w++) {
-                const float4 part = load_shared_float4(address + w * PARTIAL);
-                sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
-            }
-            const float even = unit[v % N_TILES][0], odd = unit[v % N_TILES][1];
-            if (INTEGER) sum[v].x *= even, sum[v].y *= odd, sum[v].z *= even, sum[v].w *= odd;
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(base + PART_EMPTY + buffer * 8);
-        if (cluster > 1) {
-            const int slot = own & 1, round = own / 2;
-            const u32 slots = at.peer_slots + slot * cluster * PARTIAL, peer_full = base + PEER_FULL + slot * 8;
-            if (rank != owner) {
-                if (round > 0) barrier_wait_cluster(base + PEER_EMPTY + (owner * 2 + slot) * 8, (round - 1) & 1);
-#pragma unroll
-                for (int v = 0; v < M_TILES * N_TILES; v++)
-                    store_peer(peer_address(slots + rank * PARTIAL + (v * 32 + lane) * 16, owner), sum[v], peer_address(peer_full, owner));
-                continue;
-            }
-            barrier_wait_cluster(peer_full, round & 1);
-            for (int from = 0; from < cluster; from++) {
-                if (from == rank) continue;
-#pragma unroll
-                for (int v = 0; v < M_TILES * N_TILES; v++) {
-                    const float4 part = load_shared_float4(slots + from * PARTIAL + (v * 32 + lane) * 16);
-                    sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
-                }
-            }
-            if (lane == 0) barrier_expect(peer_full, (cluster - 1) * PARTIAL);  // for the slot's next round
-            __syncwarp();
-            if (lane < cluster && lane != rank) barrier_arrive_peer(peer_address(base + PEER_EMPTY + (rank * 2 + slot) * 8, lane));
-        }
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            float scale[2], bias[2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int e = (own * TILE_ROWS + m * 16 + h * 8 + g) * 4;
-                scale[h] = p.scale ? load_shared_float(at.scales + e) : 1.0f;
-                bias[h] = p.bias ? load_shared_float(at.biases + e) : 0.0f;
-            }
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-                const float4 s = sum[m * N_TILES + n];
-                const float values[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-                for (int b = 0; b < 2; b++) {
-                    const int row = n * 8 + 2 * t + b;
-                    const float top = values[b] * factor[n][b] * scale[0] + bias[0];
-                    const float low = values[2 + b] * factor[n][b] * scale[1] + bias[1];
-                    if (p.gated) {
-                        const float v = top / (1.0f + __expf(-top)) * low;
-                        write(p, row, output_column(p, tile, m, 0, g), v + residual[m][n][b]);
-                    } else {
-                        write(p, row, output_column(p, tile, m, 0, g), top + residual[m][n][b]);
-                        write(p, row, output_column(p, tile, m, 1, g), low + residual[m][n][2 + b]);
-                    }
-                }
+    UNROLL for (int n = 0; n < N_TILES; n++) {
+        const float values[4] = {sum[n].x, sum[n].y, sum[n].z, sum[n].w};
+        UNROLL for (int b = 0; b < 2; b++) {
+            const int row = n * 8 + 2 * t + b;
+            const float top = values[b] * factor[n][b] * scale[0] + bias[0];
+            const float low = values[2 + b] * factor[n][b] * scale[1] + bias[1];
+            if (p.gated) {
+                const float v = top / (1.0f + __expf(-top)) * low;
+                write(p, row, output_column(p, tile, 0, g), v + residual[n][b]);
+            } else {
+                write(p, row, output_column(p, tile, 0, g), top + residual[n][b]);
+                write(p, row, output_column(p, tile, 1, g), low + residual[n][2 + b]);
             }
         }
-        if (p.residual) load_residual(p, tile + cluster * at.tile_step, lane, residual);
     }
 }
 
-// What the next kernel's CTA of the same index reads first goes to the cache, so that memory is busy between kernels.
-__device__ __forceinline__ void prefetch_next(const Params& p) {
-    const int tile = blockIdx.x / p.next_cluster, begin = blockIdx.x % p.next_cluster * p.next_slice;
-    if (!p.next || tile >= p.next_tiles) return;
-    const bool gated = p.next_half != 8ll * p.next_row_bytes;
-    const int group_step = gated ? 8 : 16, bytes = min(p.next_bytes, p.next_row_bytes - begin);
-    const u8* first = p.next + (long long)tile * (p.next_tile_rows / 16) * group_step * p.next_row_bytes + begin;
-    for (int r = 0; r < p.next_tile_rows; r++) {
-        const u8* row = first + (long long)(r / 16 * group_step + r % 8) * p.next_row_bytes + (r % 16 < 8 ? 0 : p.next_half);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
+// The epilogue warp: fetches all small operands, then sums and writes tile after tile.
+__device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int lane) {
+    const u32 x_full = at.base + X_FULL;
+    const int x_bytes = at.bytes * X_PER_BYTE, x_begin = at.begin * X_PER_BYTE;
+    if (p.norm_weight && lane == 0) {
+        barrier_expect_only(x_full, x_bytes);
+        bulk_copy(at.norm, p.norm_weight + x_begin, x_bytes, x_full);
+    }
+    if (p.scale || p.bias) load_scales(p, at, lane);
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before this one is done
+    if (lane == 0) barrier_expect(x_full, x_bytes * p.rows);
+    __syncwarp();
+    if (lane < p.rows)
+        bulk_copy(at.x + lane * at.x_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, x_full);
+    float residual[N_TILES][4];
+    load_residual(p, at.first_tile + at.rank * at.tile_step, lane, residual);
+
+    if (p.norm_weight) named_barrier_sync<X_NORMED, WARPS + 1>();
+    const float own_factor = p.norm_weight ? norm_factor(p, at, lane) : 1.0f;
+    float factor[N_TILES][2];
+    UNROLL for (int n = 0; n < N_TILES; n++)
+        UNROLL for (int b = 0; b < 2; b++) factor[n][b] = __shfl_sync(~0u, own_factor, n * 8 + lane % 4 * 2 + b);
+    int i = 0;
+    for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
+        const int owner = i % at.cluster, own = i / at.cluster;
+        float4 sum[N_TILES];
+        sum_warps(at, i, lane, sum);
+        if (at.cluster > 1) sum_cluster(at, owner, own, lane, sum);
+        if (at.rank != owner) continue;
+        write_tile(p, at, tile, own, lane, sum, factor, residual);
+        if (p.residual) load_residual(p, tile + at.cluster * at.tile_step, lane, residual);
     }
 }
 
@@ -671,39 +528,31 @@ __device__ __forceinline__ void stream_weights(const Params& p, const Place& at)
             if (filled >= p.stages) barrier_wait(at.base + EMPTY + stage * 8, phase ^ 1);
             const u32 full = at.base + FULL + stage * 8;
             barrier_expect(full, STAGE);  // rows and bytes past the end arrive as zeros
-#pragma unroll
-            for (int group = 0; group < TILE_ROWS / 8; group++)
-                copy_weights(at.ring + stage * STAGE + group * GROUP, p, weight_row(p, tile, group * 8), at.begin / BLOCK + s * BLOCKS, full, once);
+            UNROLL for (int group = 0; group < TILE_ROWS / 8; group++)
+                copy_weights(at.ring + stage * STAGE + group * GROUP, p, weight_row(p, tile, group * 8),
+                             at.begin / BLOCK + s * BLOCKS, full, once);
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
     }
-    prefetch_next(p);
 }
 
 // A consumer warp: its blocks of every stage, and at a tile's end its partial results.
 __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at, int warp, int lane) {
     barrier_wait(at.base + X_FULL, 0);
-#if INTEGER
-    split_x(p, at, warp, lane);
-#else
-    if (p.norm_weight) norm_x(p, at, warp, lane);
-#endif
-    if (p.norm_weight || INTEGER) {
-        asm volatile("bar.sync 1, %0;" ::"n"((WARPS + 1) * 32) : "memory");
+    if (p.norm_weight) {
+        norm_x(p, at, warp, lane);
+        named_barrier_sync<X_NORMED, WARPS + 1>();
     }
     // Of a block's eight 16-byte units thread t takes two; with the swizzle of the rows and the pitch of x
     // no two threads of a quarter warp meet in a bank.
     const int g = lane / 4, t = lane % 4, segments = (at.bytes + SEGMENT - 1) / SEGMENT;
-    const u32 x_step = INTEGER ? p.slice : 16;
     u32 x_row[N_TILES], w_offset[2], x_offset[2];
-#pragma unroll
-    for (int n = 0; n < N_TILES; n++)  // rows past the last are computed from the last, and not written
+    UNROLL for (int n = 0; n < N_TILES; n++)  // rows past the last are computed from the last, and not written
         x_row[n] = at.x + min(n * 8 + g, p.rows - 1) * at.x_pitch;
-#pragma unroll
-    for (int round = 0; round < 2; round++) {
+    UNROLL for (int round = 0; round < 2; round++) {
         const int unit = 2 * t + (round ^ (t >> 1));
         w_offset[round] = g * BLOCK + ((unit ^ g) * 16);
-        x_offset[round] = unit * 16 * X_PER_WEIGHT_BYTE;
+        x_offset[round] = unit * 16 * X_PER_BYTE;
     }
     int stage = 0, phase = 0, i = 0, turn = warp / TEAM;
     for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
@@ -713,11 +562,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
                 turn = TEAMS - 1;
                 const int blocks = (at.bytes - s * SEGMENT) / BLOCK;
                 u32 x_segment[N_TILES];
-#pragma unroll
-                for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_WEIGHT_BYTE;
+                UNROLL for (int n = 0; n < N_TILES; n++) x_segment[n] = x_row[n] + s * SEGMENT * X_PER_BYTE;
                 barrier_wait(at.base + FULL + stage * 8, phase);
-                if (blocks >= BLOCKS) multiply_stage<false>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
-                else multiply_stage<true>(sums, at.ring + stage * STAGE, w_offset, x_segment, x_offset, x_step, blocks, warp);
+                const u32 from = at.ring + stage * STAGE;
+                if (blocks >= BLOCKS) multiply_stage<false>(sums, from, w_offset, x_segment, x_offset, blocks, warp);
+                else multiply_stage<true>(sums, from, w_offset, x_segment, x_offset, blocks, warp);
                 __syncwarp();
                 if (lane == 0) barrier_arrive(at.base + EMPTY + stage * 8);
             }
@@ -725,23 +574,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
         }
         const int buffer = i & 1;
         if (i > 1) barrier_wait(at.base + PART_EMPTY + buffer * 8, (i / 2 - 1) & 1);
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-            for (int n = 0; n < N_TILES; n++) {
-                float values[4];
-#pragma unroll
-                for (int v = 0; v < 4; v++) {
-#if INTEGER
-                    values[v] = (float)(((long long)sums[0][m][n][v] << 16) + ((long long)sums[1][m][n][v] << 8) + sums[2][m][n][v]);
-#else
-                    values[v] = sums[0][m][n][v] + sums[1][m][n][v];
-#endif
-                }
-                store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + ((m * N_TILES + n) * 32 + lane) * 16, values);
-            }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(at.base + PART_FULL + buffer * 8);
+        UNROLL for (int n = 0; n < N_TILES; n++) {
+            const float(&a)[4] = sums[0][n], (&b)[4] = sums[1][n];
+            store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + (n * 32 + lane) * 16,
+                         make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]));
+        }
+        if (buffer == 0) named_barrier_arrive<PART_FULL, WARPS + 1>();
+        else named_barrier_arrive<PART_FULL + 1, WARPS + 1>();
     }
 }
 
@@ -753,8 +592,7 @@ __device__ __forceinline__ void init_barriers(const Params& p, u32 base, int clu
     barrier_init(base + X_FULL, 1);
     barrier_init(base + SQUARES_FULL, 1);
     for (int b = 0; b < 2; b++) {
-        barrier_init(base + PART_FULL + b * 8, WARPS);
-        barrier_init(base + PART_EMPTY + b * 8, 1);
+        barrier_init(base + PART_EMPTY + b * 8, 32);
         barrier_init(base + PEER_FULL + b * 8, 1);
         for (int c = 0; c < cluster; c++) barrier_init(base + PEER_EMPTY + (c * 2 + b) * 8, 1);
     }
@@ -776,14 +614,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const __g
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(at.cluster));
     at.first_tile = blockIdx.x / at.cluster, at.tile_step = gridDim.x / at.cluster;
     at.begin = at.rank * p.slice, at.bytes = min(p.slice, p.k * ELEMENT - at.begin);
-    at.x_pitch = INTEGER ? p.slice * PARTS + 64 : p.slice * X_RAW + (ELEMENT == 2 ? 64 : 16);
-    at.raw_pitch = INTEGER ? p.slice * X_RAW : at.x_pitch;
+    at.x_pitch = p.slice * X_PER_BYTE + (ELEMENT == 2 ? 64 : 16);
     at.peer_slots = at.base + PARTIALS + 2 * WARPS * PARTIAL;
     at.scales = at.peer_slots + (at.cluster > 1 ? 2 * at.cluster * PARTIAL : 0);
     at.biases = at.scales + (p.scale ? p.own_tiles * TILE_ROWS * 4 : 0);
     at.norm = at.biases + (p.bias ? p.own_tiles * TILE_ROWS * 4 : 0);
-    at.raw = at.norm + (p.norm_weight ? p.slice * X_RAW : 0);
-    at.x = at.raw + (INTEGER ? p.rows * at.raw_pitch : 0);
+    at.x = at.norm + (p.norm_weight ? p.slice * X_PER_BYTE : 0);
     at.ring = (at.x + p.rows * at.x_pitch + 1023) / 1024 * 1024;
 
     if (threadIdx.x == 0) init_barriers(p, at.base, at.cluster);

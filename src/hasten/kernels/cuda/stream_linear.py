@@ -27,12 +27,13 @@ SHARED_BYTES = 200 << 10
 """Shared memory of a CTA that has its multiprocessor to itself but for small kernels."""
 
 SHARED_BYTES_ABOVE_HALF, SHARED_BYTES_BELOW_HALF = 125 << 10, 100 << 10
-"""The same for kernels that overlap in turns. Of the first kind one fits on a multiprocessor, and
-beside it one of the second; so a kernel's CTAs always spread over all multiprocessors."""
+"""The same for kernels in turns, without and with a norm. Of the first kind one fits on a multiprocessor,
+and beside it one of the second; so a kernel's CTAs always spread over all multiprocessors."""
 
 HALF_SHARED_BYTES = 114 << 10
 
 SOURCE = Path(__file__).with_name("stream_linear.cu")
+TILE_ROWS = 16
 MIN_STAGES, MAX_STAGES = 3, 16  # more than there are teams
 SCALE_BYTES = 8 << 10
 """More than scales and biases take in any shape met; part of whether a configuration fits."""
@@ -46,7 +47,6 @@ class StreamConfig:
 
     cluster: int = 1
     """CTAs that share a tile and split its K."""
-    tile_rows: int = 16
     segment_bytes: int = 1024
     """Of one weight row in a stage of the ring."""
     warps: int = 8
@@ -54,22 +54,9 @@ class StreamConfig:
     """Of warps; they take the stages in turn."""
     in_flight_bytes: int = 48 << 10
     """Weights that a CTA asks for at a time; more than the bandwidth needs delays all other loads."""
-    shared_bytes: int = SHARED_BYTES
-    """What the ring may fill; all there is if that leaves too few stages. With more than half a
-    multiprocessor's, two CTAs of a kernel never share one."""
-    prefetch_bytes: int = 0
-    """Weights that a CTA of the kernel before brings into the L2 cache."""
-    integer: bool = False
-    """int8 weights meet x as integers of 22 bits, rather than becoming floating point."""
-
-
-@dataclass(frozen=True)
-class NextWeight:
-    """The weights of the product that follows on the stream, perhaps after kernels of another kind."""
-
-    weight: torch.Tensor
-    gated: bool = False
-    config: StreamConfig | None = None
+    in_turns: bool = False
+    """It leaves shared memory for the kernel ahead and the next one, in a chain where kernels with and
+    without a norm take turns; else the ring fills what one CTA may have."""
 
 
 _TensorMap = ctypes.c_ubyte * 128
@@ -80,13 +67,11 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("map", _TensorMap),
-        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "norm_weight", "residual", "out", "next")),
-        ("next_half", ctypes.c_longlong),
-        *((f"next_{name}", ctypes.c_int) for name in ("row_bytes", "tile_rows", "tiles", "cluster", "slice", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "norm_weight", "residual", "out")),
         *((name, ctypes.c_int) for name in ("n", "k", "rows", "tiles", "own_tiles", "stages", "in_flight")),
         *((name, ctypes.c_int) for name in ("slice", "gated", "out_float")),
         ("eps", ctypes.c_float),
-        ("padding", ctypes.c_int * 15),  # to the alignment of 64 bytes
+        ("padding", ctypes.c_int * 9),  # to the alignment of 64 bytes
     )
 
 
@@ -104,51 +89,33 @@ def supports(weight: torch.Tensor, rows: int) -> bool:
     )
 
 
-def default_config(weight: torch.Tensor, rows: int, normed: bool = False) -> StreamConfig:
+def default_config(weight: torch.Tensor, rows: int) -> StreamConfig:
     """The split that was fastest in measurements of whole decode steps.
 
-    One-byte weights of one or two rows leave a kernel so little time that it must overlap the next:
-    in a decoder, products with and without a norm take turns. Else a deeper ring is faster.
+    One-byte weights of one or two rows leave a kernel so little time that it must overlap the next.
+    Else a deeper ring is faster.
     """
     k, size = weight.shape[1], weight.element_size()
     fitting = _fitting(k, rows, size)
     if size == 2:
         small = [config for config in fitting if rows * k * 2 // config.cluster < (64 << 10) + (config.cluster > 1)]
-        return replace((small or fitting[-1:])[0], prefetch_bytes=16 << 10)
+        return (small or fitting[-1:])[0]
     if rows <= 2:
-        teams = 1 if weight.dtype == torch.int8 else 2
-        config = replace(fitting[0], teams=teams, shared_bytes=_shared_bytes_in_turns(normed))
-        if _fits(k, rows, size, config):
-            return config
+        return replace(fitting[0], teams=1 if weight.dtype == torch.int8 else 2, in_turns=True)
     return fitting[0]
 
 
-def candidates(weight: torch.Tensor, rows: int, normed: bool = False) -> tuple[StreamConfig, ...]:
-    """The configurations worth timing for these weights, in the chain that they run in; the default first."""
+def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
+    """The configurations worth timing for these weights; the default first."""
     k, size = weight.shape[1], weight.element_size()
-    found = [default_config(weight, rows, normed)]
-    for base, integer, teams, shared_bytes, in_flight_bytes in itertools.product(
-        _fitting(k, rows, size)[:2],
-        (False, True) if weight.dtype == torch.int8 else (False,),
-        (1, 2) if size == 1 else (1,),
-        (SHARED_BYTES, _shared_bytes_in_turns(normed)),
-        (32 << 10, 48 << 10),
+    found = [default_config(weight, rows)]
+    for base, teams, in_turns, in_flight_bytes in itertools.product(
+        _fitting(k, rows, size)[:2], (1, 2) if size == 1 else (1,), (False, True), (32 << 10, 48 << 10)
     ):
-        config = replace(
-            base,
-            prefetch_bytes=found[0].prefetch_bytes,
-            integer=integer,
-            teams=teams,
-            shared_bytes=shared_bytes,
-            in_flight_bytes=in_flight_bytes,
-        )
-        if config not in found and _fits(k, rows, size, config):
+        config = replace(base, teams=teams, in_turns=in_turns, in_flight_bytes=in_flight_bytes)
+        if config not in found:
             found.append(config)
     return tuple(found)
-
-
-def _shared_bytes_in_turns(normed: bool) -> int:
-    return SHARED_BYTES_BELOW_HALF if normed else SHARED_BYTES_ABOVE_HALF
 
 
 def stream_linear(
@@ -163,7 +130,6 @@ def stream_linear(
     gated: bool = False,
     out: torch.Tensor | None = None,
     config: StreamConfig | None = None,
-    next_weight: NextWeight | None = None,
 ) -> torch.Tensor:
     """The product of up to 16 rows, with what stands before and after it in a decoder.
 
@@ -176,7 +142,6 @@ def stream_linear(
         residual: of the result's shape, as x, added last; may be `out`.
         gated: the first half of the weights' rows gates the second: silu(first) * second, [rows, n / 2].
         out: the result's memory, as x or float32.
-        next_weight: what the product after this one reads; a part of it is fetched early.
     """
     rows, k = x.shape
     weight_rows = weight.shape[0]
@@ -192,7 +157,7 @@ def stream_linear(
     assert x.data_ptr() % 16 == 0 and (norm_weight is None or norm_weight.data_ptr() % 16 == 0)
 
     size = weight.element_size()
-    config = config or default_config(weight, rows, norm_weight is not None)
+    config = config or default_config(weight, rows)
     vectors = (scale is not None) + (bias is not None)
     plan = _plan(n, k, rows, size, gated, vectors, norm_weight is not None, config, x.device.index or 0)
     params = _Params(
@@ -200,7 +165,6 @@ def stream_linear(
         x.data_ptr(),
         *(None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, norm_weight, residual)),
         out.data_ptr(),
-        *_prefetch(next_weight, rows),
         *(n, k, rows, plan.tiles, plan.own_tiles, plan.stages, plan.in_flight),
         *(plan.slice_bytes, gated, out.dtype == torch.float32),
         eps,
@@ -261,11 +225,12 @@ def _plan(
     device: int,
 ) -> _Plan:
     """`vectors`: how many of scale and bias there are."""
-    tiles = -(-n // (config.tile_rows // 2 if gated else config.tile_rows))
+    tiles = -(-n // (TILE_ROWS // 2 if gated else TILE_ROWS))
     clusters = min(tiles, _resident_clusters(config.cluster, device))
     own_tiles = -(-tiles // (clusters * config.cluster))
-    head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * config.tile_rows * 4
-    stages = _num_stages(head, config)
+    head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * TILE_ROWS * 4
+    shared_bytes = _shared_bytes(config, normed)
+    stages = _num_stages(head, config, shared_bytes)
     if stages <= config.teams:
         raise ValueError(f"{config} does not fit: x, scales and sums take {head} bytes of {MAX_SHARED_BYTES}")
     # a team that waits for a stage must not mistake the one before in the same place for it
@@ -279,31 +244,8 @@ def _plan(
         _slice_bytes(k * element_size, config),
         max(
             -(-head // 1024) * 1024 + stages * _stage_bytes(config),
-            HALF_SHARED_BYTES if config.shared_bytes > HALF_SHARED_BYTES else 0,
+            HALF_SHARED_BYTES if shared_bytes > HALF_SHARED_BYTES else 0,
         ),
-    )
-
-
-NO_PREFETCH = (None, 0, 0, 0, 0, 1, 0, 0)
-
-
-def _prefetch(following: NextWeight | None, rows: int) -> tuple[int | None, ...]:
-    """The parameters from `next` to `next_bytes`: the first stages of each CTA of the next product."""
-    if following is None or not supports(following.weight, rows):
-        return NO_PREFETCH
-    weight_rows, k = following.weight.shape
-    size = following.weight.element_size()
-    config = following.config or default_config(following.weight, rows)
-    if not config.prefetch_bytes:
-        return NO_PREFETCH
-    whole_tiles = weight_rows // config.tile_rows  # a last tile that is not whole is left out
-    half_rows = weight_rows // 2 if following.gated else 8
-    slice_bytes = _slice_bytes(k * size, config)
-    return (
-        following.weight.data_ptr(),
-        half_rows * k * size,
-        *(k * size, config.tile_rows, whole_tiles, config.cluster, slice_bytes),
-        min(slice_bytes, config.prefetch_bytes // config.tile_rows // 16 * 16),
     )
 
 
@@ -330,10 +272,8 @@ def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConf
     """What the source is compiled with."""
     return {
         "WEIGHT_KIND": weight_kind,
-        "INTEGER": int(config.integer),
         "X_HALF": int(x_half),
         "N_TILES": n_tiles,
-        "M_TILES": config.tile_rows // 16,
         "SEGMENT": config.segment_bytes,
         "WARPS": config.warps,
         "TEAMS": config.teams,
@@ -355,12 +295,22 @@ def _fits(k: int, rows: int, element_size: int, config: StreamConfig) -> bool:
     row_bytes, slice_bytes = k * element_size, _slice_bytes(k * element_size, config)
     even = slice_bytes * config.cluster <= 1.15 * row_bytes and slice_bytes * (config.cluster - 1) < row_bytes
     head = _head_bytes(k, rows, element_size, config, normed=True) + SCALE_BYTES
-    return (even or config.cluster == 1) and _num_stages(head, config) > 0
+    return (even or config.cluster == 1) and _num_stages(head, config, MAX_SHARED_BYTES) > 0
 
 
-def _num_stages(head_bytes: int, config: StreamConfig) -> int:
+def _shared_bytes(config: StreamConfig, normed: bool) -> int:
+    """What the ring may fill; all there is if that leaves too few stages.
+
+    With more than half a multiprocessor's, two CTAs of a kernel never share one.
+    """
+    if not config.in_turns:
+        return SHARED_BYTES
+    return SHARED_BYTES_BELOW_HALF if normed else SHARED_BYTES_ABOVE_HALF
+
+
+def _num_stages(head_bytes: int, config: StreamConfig, shared_bytes: int) -> int:
     """Stages of the ring, 0 if there is no room."""
-    for limit in (config.shared_bytes, MAX_SHARED_BYTES):
+    for limit in (shared_bytes, MAX_SHARED_BYTES):
         stages = (limit - -(-head_bytes // 1024) * 1024) // _stage_bytes(config)
         if stages >= MIN_STAGES:
             return min(stages, MAX_STAGES)
@@ -375,15 +325,15 @@ def _slice_bytes(row_bytes: int, config: StreamConfig) -> int:
 
 
 def _stage_bytes(config: StreamConfig) -> int:
-    return config.tile_rows * config.segment_bytes
+    return TILE_ROWS * config.segment_bytes
 
 
 def _head_bytes(k: int, rows: int, element_size: int, config: StreamConfig, normed: bool) -> int:
     """Shared memory ahead of the ring, scales and biases aside; mirrors the layout in stream_linear.cu."""
-    partial = (config.tile_rows // 16) * (1 if rows <= 8 else 2) * 512
-    squares = 2 * 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
+    partial = (1 if rows <= 8 else 2) * 512
+    squares = 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
     peers = 2 * config.cluster * partial if config.cluster > 1 else 0
     slice_bytes = _slice_bytes(k * element_size, config)
     x_bytes = slice_bytes * (2 // element_size)
-    x_pitch = x_bytes + 3 * slice_bytes + 64 if config.integer else x_bytes + (64 if element_size == 2 else 16)
+    x_pitch = x_bytes + (64 if element_size == 2 else 16)
     return 512 + squares + 2 * config.warps * partial + peers + rows * x_pitch + (x_bytes if normed else 0)
