@@ -15,9 +15,9 @@ from typing import Protocol
 
 import torch
 
-from hasten.kernels.kv_cache import KVCache, write_kv
+from hasten.kernels.kv_cache import KVCache
 from hasten.kernels.rms_norm import RMSNorm
-from hasten.kernels.rotary import rotate
+from hasten.kernels.rotary import Heads
 
 Attend = Callable[[torch.Tensor, int], torch.Tensor]
 """One step's attention: qkv [num_tokens, (heads + 2 * kv_heads) * dim] and the layer's index give
@@ -31,15 +31,15 @@ class SequencePlan:
     """What one sequence of the step reads.
 
     Args:
-        num_queries: its tokens in the step, the last ones of num_keys.
-        first_slot: the first slot that is read, if the blocks are consecutive.
+        num_queries: its tokens in the step, the last ones that it has.
+        view: size, stride and offset by which its keys (and values) are seen in the cache as
+            [kv_heads, 1, num_keys, dim], if its blocks are consecutive.
         slots: the slots that are read, [num_keys] int64, if they are not.
         mask: [num_queries, num_keys], 0 or -inf, where causality alone does not say it.
     """
 
     num_queries: int
-    num_keys: int
-    first_slot: int | None
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
     slots: torch.Tensor | None
     mask: torch.Tensor | None
 
@@ -57,27 +57,31 @@ def plan_attention(
     context_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     *,
-    block_size: int,
+    cache_shape: Sequence[int],
     window: int | None,
     dtype: torch.dtype,
 ) -> AttentionPlan:
     """Plans a step; the arguments are those of `models.batch.Batch`.
 
     Args:
+        cache_shape: of one layer's keys, (num_blocks, block_size, kv_heads, dim).
         window: tokens that a query sees, itself included; None for all.
         dtype: of the queries.
     """
+    _, block_size, num_kv_heads, dim = cache_shape
+    row = num_kv_heads * dim
     sequences = []
     for index, context_len in enumerate(context_lens):
         num_queries = cu_seqlens_q[index + 1] - cu_seqlens_q[index]
         first_key = 0 if window is None else max(0, context_len - num_queries - window + 1)
         num_keys = context_len - first_key
         first_slot, slots = _slots(block_tables[index], first_key, context_len, block_size)
+        view = None if first_slot is None else ((num_kv_heads, 1, num_keys, dim), (dim, 0, row, 1), first_slot * row)
         mask = None
         is_plain_causal = num_keys == num_queries and (window is None or num_keys <= window)
         if num_queries > 1 and not is_plain_causal:
             mask = _mask(num_queries, num_keys, window, dtype)
-        sequences.append(SequencePlan(num_queries, num_keys, first_slot, slots, mask))
+        sequences.append(SequencePlan(num_queries, view, slots, mask))
     return AttentionPlan(tuple(sequences), tuple(sequence.num_queries for sequence in sequences))
 
 
@@ -85,9 +89,9 @@ def _slots(
     blocks: Sequence[int], first_key: int, context_len: int, block_size: int
 ) -> tuple[int | None, torch.Tensor | None]:
     first_block, last_block = first_key // block_size, (context_len - 1) // block_size
-    used = blocks[first_block : last_block + 1]
+    used = tuple(blocks[first_block : last_block + 1])
     offset = first_key - first_block * block_size
-    if all(used[i] + 1 == used[i + 1] for i in range(len(used) - 1)):
+    if used == tuple(range(used[0], used[0] + len(used))):
         return used[0] * block_size + offset, None
     slots = (torch.tensor(used).unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
     return None, slots[offset : offset + context_len - first_key]
@@ -119,62 +123,52 @@ def attention_reference(
 
 
 def paged_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
     """Attention of all sequences of a step.
 
     Args:
-        q: [num_tokens, heads, dim].
-        keys, values: one layer's cache, [num_blocks, block_size, kv_heads, dim].
+        q: [num_tokens, kv_heads, group, dim].
+        key_rows, value_rows: one layer's cache by slot, [num_slots, kv_heads, dim].
 
     Returns:
         [num_tokens, heads * dim].
     """
-    num_tokens, num_heads, dim = q.shape
-    num_kv_heads = keys.shape[2]
-    queries = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, dim)
     if plan.query_lens == (1,):  # one sequence decodes: what Python does between operators counts here
-        return _decode(queries, keys, values, plan.sequences[0], scale).view(1, num_heads * dim)
+        return _decode(q, key_rows, value_rows, plan.sequences[0], scale)
     outputs = [
-        _decode(rows, keys, values, sequence, scale)
+        _decode(queries, key_rows, value_rows, sequence, scale)
         if sequence.num_queries == 1
-        else _prefill(rows, keys, values, sequence, scale)
-        for rows, sequence in zip(queries.split_with_sizes(plan.query_lens), plan.sequences, strict=True)
+        else _prefill(queries, key_rows, value_rows, sequence, scale)
+        for queries, sequence in zip(q.split_with_sizes(plan.query_lens), plan.sequences, strict=True)
     ]
-    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended.view(num_tokens, num_heads * dim)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _read(keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequence's keys and values, [kv_heads, 1, num_keys, dim] each: views where blocks are consecutive."""
-    if plan.slots is not None:
-        k, v = (cache.flatten(0, 1).index_select(0, plan.slots) for cache in (keys, values))
-        return k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)
-    assert plan.first_slot is not None
-    _, _, num_kv_heads, dim = keys.shape
-    row = num_kv_heads * dim
-    where = (num_kv_heads, 1, plan.num_keys, dim), (dim, 0, row, 1), plan.first_slot * row
-    return keys.as_strided(*where), values.as_strided(*where)
+def _read(rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
+    """The sequence's keys or values, [kv_heads, 1, num_keys, dim]: a view where blocks are consecutive."""
+    if plan.view is not None:
+        return rows.as_strided(*plan.view)
+    assert plan.slots is not None
+    return rows.index_select(0, plan.slots).transpose(0, 1).unsqueeze(1)
 
 
 def _decode(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
+    q: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor, plan: SequencePlan, scale: float
 ) -> torch.Tensor:
     """One token, [1, kv_heads, group, dim]: a group's queries are rows of the product with its key head."""
-    k, v = _read(keys, values, plan)
-    return _flash(q.transpose(0, 1), k, v, 0.0, False, scale=scale)[0].view(q.shape)
+    k, v = _read(key_rows, plan), _read(value_rows, plan)
+    return _flash(q.transpose(0, 1), k, v, 0.0, False, scale=scale)[0].view(1, -1)
 
 
 def _prefill(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SequencePlan, scale: float
+    q: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor, plan: SequencePlan, scale: float
 ) -> torch.Tensor:
     """Several tokens, [num_queries, kv_heads, group, dim]: a group's queries are heads that share a key head."""
-    k, v = _read(keys, values, plan)
     shared = (-1, q.shape[2], -1, -1)
-    is_causal = plan.mask is None
-    rows = q.permute(1, 2, 0, 3)
-    attended = _flash(rows, k.expand(shared), v.expand(shared), 0.0, is_causal, attn_mask=plan.mask, scale=scale)[0]
-    return attended.permute(2, 0, 1, 3).contiguous()
+    k, v = _read(key_rows, plan).expand(shared), _read(value_rows, plan).expand(shared)
+    attended = _flash(q.permute(1, 2, 0, 3), k, v, 0.0, plan.mask is None, attn_mask=plan.mask, scale=scale)[0]
+    return attended.permute(2, 0, 1, 3).reshape(plan.num_queries, -1)
 
 
 class Step(Protocol):
@@ -224,23 +218,19 @@ class CpuAttention:
                 step.cu_seqlens_q,
                 step.context_lens,
                 step.block_tables,
-                block_size=kv_cache.block_size,
+                cache_shape=kv_cache.keys[0].shape,
                 window=window,
                 dtype=self._dtype,
             )
             for window in set(self._windows)
         }
-        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+        slots, key_rows, value_rows = step.slot_mapping, kv_cache.key_rows, kv_cache.value_rows
+        heads = Heads(slots.shape[0], self._num_heads, self._num_kv_heads, self._head_dim, self._dtype)
 
         def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
-            heads = qkv.view(-1, num_heads + 2 * num_kv_heads, self._head_dim)
-            qk, v = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
-            norm = self._qk_norms[layer]
-            if norm is not None:
-                qk = norm(qk)
-            q, k = rotate(qk, rotations).split_with_sizes((num_heads, num_kv_heads), 1)
-            keys, values = kv_cache.keys[layer], kv_cache.values[layer]
-            write_kv(keys, values, k, v, step.slot_mapping)
-            return paged_attention(q, keys, values, plans[self._windows[layer]], self._scale)
+            heads.rotate(qkv, rotations, self._qk_norms[layer])
+            keys = key_rows[layer].index_copy_(0, slots, heads.k)
+            values = value_rows[layer].index_copy_(0, slots, heads.v)
+            return paged_attention(heads.q, keys, values, plans[self._windows[layer]], self._scale)
 
         return attend

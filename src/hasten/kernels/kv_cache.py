@@ -5,7 +5,7 @@ memory and how a step writes to it (Kwon et al., "Efficient Memory Management fo
 Language Model Serving with PagedAttention", arXiv 2309.06180, section 4).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,10 +16,19 @@ class KVCache:
 
     Args:
         keys, values: one tensor a layer, [num_blocks, block_size, num_kv_heads, head_dim].
+
+    Attributes:
+        key_rows, value_rows: the same memory by slot, [num_blocks * block_size, num_kv_heads, head_dim].
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    key_rows: tuple[torch.Tensor, ...] = field(init=False)
+    value_rows: tuple[torch.Tensor, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key_rows", tuple(each.flatten(0, 1) for each in self.keys))
+        object.__setattr__(self, "value_rows", tuple(each.flatten(0, 1) for each in self.values))
 
     @property
     def num_blocks(self) -> int:
@@ -37,17 +46,3 @@ def allocate_kv_cache(
     shape = (num_blocks, block_size, num_kv_heads, head_dim)
     tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
     return KVCache(tuple(tensors[:num_layers]), tuple(tensors[num_layers:]))
-
-
-def write_kv(
-    keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Writes a step's keys and values into one layer's cache, in place.
-
-    Args:
-        keys, values: [num_blocks, block_size, num_kv_heads, head_dim].
-        k, v: [num_tokens, num_kv_heads, head_dim].
-        slot_mapping: [num_tokens] int64.
-    """
-    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    values.flatten(0, 1).index_copy_(0, slot_mapping, v)

@@ -118,7 +118,7 @@ class Int8Linear:
         self.slice_rows = max(64, SLICE_BYTES // (2 * codes.shape[1]))
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        few_rows = x.shape[0] <= MANY_ROWS
+        few_rows = x.size(0) <= MANY_ROWS
         y = torch._weight_int8pack_mm(x, self.codes, self.scale) if few_rows else self._many_rows(x)
         if self.bias is not None:
             y += self.bias
@@ -155,11 +155,11 @@ class Int4Linear:
         self.weight_bytes = self.packed.nbytes + self.scales_and_zeros.nbytes
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if x.shape[0] > MANY_ROWS_INT4 and has_known_int4_layout():
+        if x.size(0) > MANY_ROWS_INT4 and has_known_int4_layout():
             y = x @ self._dequantized()
         else:
             y = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales_and_zeros)
-        if y.shape[1] != self.num_rows:
+        if y.size(1) != self.num_rows:
             y = y[:, : self.num_rows].contiguous()
         if self.bias is not None:
             y += self.bias

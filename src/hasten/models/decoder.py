@@ -75,8 +75,7 @@ class Decoder:
         Returns:
             float32 [len(batch.logits_indices), vocab_size].
         """
-        with torch.inference_mode():
-            return self.compute(batch.token_ids, self.attention.begin(batch, kv_cache), batch.logits_indices)
+        return self.compute(batch.token_ids, self.attention.begin(batch, kv_cache), batch.logits_indices)
 
     def compute(
         self, token_ids: torch.Tensor, attend: Attend, logits_indices: torch.Tensor | None = None

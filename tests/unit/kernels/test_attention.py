@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hasten.kernels.attention import attention_reference, paged_attention, plan_attention
-from hasten.kernels.kv_cache import allocate_kv_cache, write_kv
+from hasten.kernels.kv_cache import allocate_kv_cache
 
 BLOCK_SIZE = 4
 DIM = 16
@@ -34,17 +34,18 @@ def test_equals_reference(
     torch.manual_seed(0)
     num_heads, num_kv_heads = heads
     cache = allocate_kv_cache(1, 10 * len(chunks), BLOCK_SIZE, num_kv_heads, DIM, dtype, "cpu")
-    keys, values = cache.keys[0].fill_(float("nan")), cache.values[0].fill_(float("nan"))
+    keys, values = cache.key_rows[0].fill_(float("nan")), cache.value_rows[0].fill_(float("nan"))
     tables = [tuple(TABLES[order](i)) for i in range(len(chunks))]
     queries, expected, starts = [], [], [0]
     for table, (context_len, num_queries) in zip(tables, chunks, strict=True):
         k, v = (torch.randn(context_len, num_kv_heads, DIM).to(dtype) for _ in range(2))
         slots = torch.tensor([table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(context_len)])
-        write_kv(keys, values, k, v, slots)
+        keys[slots], values[slots] = k, v
         queries.append(torch.randn(num_queries, num_heads, DIM).to(dtype))
         expected.append(attention_reference(queries[-1], k, v, DIM**-0.5, window).flatten(1))
         starts.append(starts[-1] + num_queries)
     context_lens = [context_len for context_len, _ in chunks]
-    plan = plan_attention(starts, context_lens, tables, block_size=BLOCK_SIZE, window=window, dtype=dtype)
-    actual = paged_attention(torch.cat(queries), keys, values, plan, DIM**-0.5)
+    plan = plan_attention(starts, context_lens, tables, cache_shape=cache.keys[0].shape, window=window, dtype=dtype)
+    q = torch.cat(queries).unflatten(1, (num_kv_heads, -1))
+    actual = paged_attention(q, keys, values, plan, DIM**-0.5)
     torch.testing.assert_close(actual, torch.cat(expected), atol=tolerance, rtol=tolerance)
