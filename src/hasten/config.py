@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from hasten.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
+LogFormat = Literal["json", "text"]
 
 
 @dataclass(frozen=True)

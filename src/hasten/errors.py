@@ -11,6 +11,11 @@
     ├── ResourceError                      too little disk or memory, said with figures
     ├── OutOfBlocksError                   no free KV cache block; the scheduler preempts
     ├── RuntimeFailedError                 a runtime's process ended or answered nonsense
+    ├── EngineUnavailableError             no engine process to serve a request just now
+    ├── DrainingError                      the server ends and takes no new requests
+    ├── QueueFullError                     as many requests wait as may; has the seconds to stay away
+    ├── RequestTimeoutError                a request took longer than it may
+    ├── EndpointError                      a server to measure cannot be reached, or answers nonsense
     ├── ResultError                        a result file that is not one of ours
     ├── MissingExtraError         exit 3   an optional package is not installed
     └── GateError                 exit 4   a quality or speed gate was not met
@@ -63,6 +68,28 @@ class OutOfBlocksError(HastenError):
 
 
 class RuntimeFailedError(HastenError):
+    pass
+
+
+class EngineUnavailableError(HastenError):
+    pass
+
+
+class DrainingError(HastenError):
+    pass
+
+
+class QueueFullError(HastenError):
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimeoutError(HastenError):
+    pass
+
+
+class EndpointError(HastenError):
     pass
 
 

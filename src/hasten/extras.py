@@ -32,6 +32,13 @@ EXTRAS = {
         Extra("llama-cpp", "gguf", "gguf", "0.19", "the llama_cpp runtime"),
         Extra("cuda", "triton", "triton", "3.6", "the native engine on a GPU"),
         Extra("cuda", "cuda.bindings", "cuda-bindings", "13.0", "the native engine on a GPU"),
+        Extra("serve", "fastapi", "fastapi", "0.130", "hasten serve"),
+        Extra("serve", "uvicorn", "uvicorn", "0.40", "hasten serve"),
+        Extra("serve", "prometheus_client", "prometheus-client", "0.23", "hasten serve"),
+        Extra("serve", "grpc", "grpcio", "1.78", "hasten serve"),
+        Extra("serve", "tritonclient.grpc", "tritonclient", "2.60", "hasten serve"),
+        Extra("serve", "httptools", "httptools", "0.7", "serving and measuring servers"),
+        Extra("serve", "uvloop", "uvloop", "0.22", "serving and measuring servers"),
         Extra("cuda", "pynvml", "nvidia-ml-py", "12.560", "the power figure of hasten profile"),
     )
 }

@@ -4,9 +4,10 @@ Frozen and stdlib only, so that they can be built without loading any library an
 between processes. The engine's mutable state of a request is `engine.sequence.Sequence`.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from hasten.config import option
 from hasten.errors import RequestError
@@ -14,11 +15,54 @@ from hasten.errors import RequestError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+
+MAX_GRAMMAR_CHARS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must match.
+
+    Only the form is checked here; whether it can be compiled is known when the request runs.
+
+    Args:
+        kind: a JSON object, JSON that a schema describes, a regular expression, or a context-free
+            grammar in llguidance's dialect of Lark.
+        text: the schema, expression or grammar; empty for json_object.
+
+    Raises:
+        RequestError: no such kind, a text that is missing, too long or needless, or a schema that is no
+            JSON object.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise RequestError(f"a grammar is one of {', '.join(get_args(GrammarKind))}, got {self.kind!r}")
+        if (self.kind == "json_object") == bool(self.text):
+            raise RequestError(f"a grammar of kind {self.kind} {'takes no' if self.text else 'needs a'} text")
+        if len(self.text) > MAX_GRAMMAR_CHARS:
+            raise RequestError(
+                f"the {self.kind} has {len(self.text)} characters and at most {MAX_GRAMMAR_CHARS} are allowed"
+            )
+        if self.kind == "json_schema":
+            try:
+                schema = json.loads(self.text)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"the json_schema is not valid JSON: {error}") from error
+            if not isinstance(schema, dict):
+                raise RequestError(f"a json_schema is a JSON object, got {self.text[:40]}")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. The default is greedy.
 
-    The order of operations is: penalties, temperature, top-k, top-p, min-p, draw.
+    The order of operations is: grammar, penalties, temperature, top-k, top-p, min-p, draw. A token that
+    the grammar does not allow has probability 0 from the first of them on.
 
     Raises:
         RequestError: a value outside its range.
@@ -38,6 +82,7 @@ class SamplingParams:
     ignore_eos: bool = option(False, "go on after the end-of-sequence token")
     logprobs: int | None = option(None, "log-probabilities of the N most probable tokens")
     n: int = option(1, "continuations of each prompt")
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -68,6 +113,9 @@ class SamplingParams:
 class Request:
     """One prompt, already tokenized, and how to continue it.
 
+    Args:
+        priority: where requests wait, those with a lower number go first.
+
     Raises:
         RequestError: the prompt is empty.
     """
@@ -75,6 +123,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -87,14 +136,18 @@ class TokenEvent:
 
     Args:
         index: which of the request's `n` continuations, from 0.
-        token_id: None in an event that only ends a continuation (cancelled, error).
+        token_id: None in an event that only ends a continuation: cancelled, error, or stop where a
+            grammar is complete and nothing can follow.
         time_s: `time.perf_counter()` of the host when the token was known to the runtime's
             caller; on Linux that clock is shared by all processes.
         finish_reason: set on the continuation's last event, None before.
-        logprob: log-probability of the token under the model's distribution after
-            penalties and temperature 1, if asked for.
-        top_logprobs: the most probable tokens with their log-probabilities, best first.
+        logprob: log-probability of the token under the model's distribution over the tokens that
+            the grammar allows, after penalties and with temperature 1, if asked for.
+        top_logprobs: the most probable tokens with their log-probabilities, best first; fewer
+            than asked for where the grammar allows fewer.
         error: one sentence, with finish_reason "error".
+        started_s: as time_s, when the continuation's first step was scheduled; on its first token, where
+            the runtime tells.
     """
 
     request_id: str
@@ -105,6 +158,7 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     error: str | None = None
+    started_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,16 @@ def runtime(prepared: tuple[str, Path]) -> Iterator[Runtime]:
     loaded.close()
 
 
+def test_loading_is_told_in_parts_that_rise_to_their_totals(prepared: tuple[str, Path]) -> None:
+    name, path = prepared
+    told: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    load_runtime(name, RuntimeConfig(path, "fp32"), lambda part, *step: told[part].append(step)).close()
+    for steps in told.values():
+        assert steps == sorted(set(steps))
+        assert steps[-1][0] == steps[-1][1]
+    assert "read" in told or name != "native"
+
+
 @pytest.fixture(scope="module")
 def eos(model: Path) -> frozenset[int]:
     return eos_token_ids(model)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
@@ -14,6 +13,7 @@ from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
 from hasten.request import Request, SamplingParams, TokenEvent
+from random_models import random_model
 
 SIZES = {
     "vocab_size": 512,
@@ -35,14 +35,7 @@ Tokens = dict[tuple[str, int], list[int | None]]
 
 def write_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """Writes a model with random weights, norms and biases, in bfloat16."""
-    torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | changes)), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.2)
-            elif "norm" in name:
-                parameter.normal_(1.0, 0.2)
+    model = random_model(family, SIZES | changes, seed=len(family))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

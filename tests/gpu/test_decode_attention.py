@@ -1,59 +1,18 @@
 """Decode attention on the GPU equals its float32 reference, launched and replayed from a CUDA graph."""
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
+from attention_checks import BLOCK_SIZE, TOLERANCES, check_decode, check_rows, decode_case
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-BLOCK_SIZE = 16
 MAX_CONTEXT = 5120
 POSITIONS = (0, 1, 15, 16, 17, 31, 32, -1, 63, 64, 127, 128, 500, 511, 512, 1000, 2047, 2048, 4999, -1)
 
-
-def decode_case(
-    positions: Sequence[int], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, has_norm: bool
-) -> dict[str, Any]:
-    """Random arguments; what a row must not read is NaN."""
-    (num_heads, num_kv_heads), rows, blocks = heads, len(positions), MAX_CONTEXT // BLOCK_SIZE
-    with torch.device("cuda"):
-        shape = ((rows + 2) * blocks, BLOCK_SIZE, num_kv_heads, head_dim)
-        keys, values = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
-        block_tables = torch.randperm(shape[0])[: (rows + 1) * blocks].view(rows + 1, blocks).int()
-        slots = torch.randperm(rows + 1)[:rows].int()
-        for slot, position in zip(slots.tolist(), positions, strict=True):
-            where = torch.arange(max(position, 0))
-            cells = block_tables[slot, where // BLOCK_SIZE].long() * BLOCK_SIZE + where % BLOCK_SIZE
-            for cache in (keys, values):
-                cache.flatten(0, 1)[cells] = torch.randn(len(cells), num_kv_heads, head_dim).to(dtype)
-        angles = torch.randn(MAX_CONTEXT, head_dim // 2)
-        case: dict[str, Any] = {
-            "qkv": torch.randn(rows, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype),
-            "cos": angles.cos(),
-            "sin": angles.sin(),
-            "keys": keys,
-            "values": values,
-            "block_tables": block_tables,
-            "slots": slots,
-            "positions": torch.tensor(positions, dtype=torch.int32),
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "scale": head_dim**-0.5,
-        }
-        if has_norm:
-            case |= {"q_norm": torch.randn(head_dim).to(dtype), "k_norm": torch.randn(head_dim).to(dtype), "eps": 1e-6}
-    return case
-
-
-def check_rows(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Each row's error, relative to its norm; NaN does not pass. A row of zeros is zeros."""
-    error = (actual.double() - expected.double()).norm(dim=1)
-    assert bool((error <= tolerance * expected.double().norm(dim=1)).all()), error
-
-
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+case_of = partial(decode_case, "cuda", max_context=MAX_CONTEXT)
 
 
 @pytest.mark.parametrize("rows", [1, 3, len(POSITIONS)])
@@ -83,22 +42,10 @@ def test_equals_reference(
     window: int | None,
     rows: int,
 ) -> None:
-    from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
-
     torch.manual_seed(0)
     positions = POSITIONS[-2 : -2 - rows : -1] if rows < len(POSITIONS) else POSITIONS
-    case = decode_case(positions, heads, head_dim, dtype, has_norm)
-    expected_cache = {name: case[name].clone() for name in ("keys", "values")}
-    expected = decode_attention_reference(**case | expected_cache, window=window)
-    workspace = DecodeWorkspace(rows, heads[0], head_dim, "cuda")
-    for _ in range(3):  # what the first launch leaves behind must not disturb the next
-        out = torch.full_like(expected, float("nan"))
-        decode_attention(**case, window=window, workspace=workspace, out=out, is_early=is_early)
-        check_rows(out, expected, TOLERANCES[dtype])
-    for name, cache in expected_cache.items():
-        difference = torch.finfo(dtype).eps
-        torch.testing.assert_close(case[name], cache, atol=difference, rtol=difference, equal_nan=True)
-    assert not workspace.counters.any()
+    case = case_of(positions, heads, head_dim, dtype, has_norm=has_norm)
+    check_decode(case, window, is_early=is_early, num_launches=3, config=None)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 33, 64])
@@ -112,7 +59,7 @@ def test_any_split_in_triton(dtype: torch.dtype, num_splits: int) -> None:
     )
 
     torch.manual_seed(0)
-    case = decode_case(POSITIONS, (8, 2), 128, dtype, True)
+    case = case_of(POSITIONS, (8, 2), 128, dtype, has_norm=True)
     expected = decode_attention_reference(**case)
     workspace = DecodeWorkspace(len(POSITIONS), 8, 128, "cuda")
     config = DecodeConfig(16, 1, num_splits, num_warps=4, num_stages=2)
@@ -124,7 +71,7 @@ def test_one_graph_serves_all_lengths() -> None:
     from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
 
     torch.manual_seed(0)
-    case = decode_case(POSITIONS, (32, 8), 128, torch.bfloat16, False)
+    case = case_of(POSITIONS, (32, 8), 128, torch.bfloat16, has_norm=False)
     workspace = DecodeWorkspace(len(POSITIONS), 32, 128, "cuda")
     out = decode_attention(**case, workspace=workspace, is_early=True)
     graph = torch.cuda.CUDAGraph()
@@ -148,7 +95,7 @@ def test_cache_of_more_than_two_billion_elements() -> None:
     from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
 
     torch.manual_seed(0)
-    case = decode_case((100, 300), (8, 8), 128, torch.bfloat16, False)
+    case = case_of((100, 300), (8, 8), 128, torch.bfloat16, has_norm=False)
     per_block = BLOCK_SIZE * 8 * 128
     num_blocks, used = 2**31 // per_block + 4 * MAX_CONTEXT // BLOCK_SIZE, len(case["keys"])
     for name in ("keys", "values"):
@@ -172,7 +119,7 @@ def test_any_cluster(cluster: int, warps: int, stages: int) -> None:
     )
 
     torch.manual_seed(0)
-    case = decode_case(POSITIONS, (28, 4), 128, torch.float16, True)
+    case = case_of(POSITIONS, (28, 4), 128, torch.float16, has_norm=True)
     for window in (None, 300):
         expected = decode_attention_reference(**case, window=window)
         workspace = DecodeWorkspace(len(POSITIONS), 28, 128, "cuda")

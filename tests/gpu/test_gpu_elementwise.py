@@ -1,80 +1,33 @@
-"""Elementwise kernels on the GPU equal their float32 references; outputs are poisoned first where they are given."""
+"""Elementwise kernels on the GPU equal their references, in the sizes of real models."""
 
 import pytest
 import torch
 
-from hasten.kernels.rms_norm import rms_norm_reference
-from hasten.kernels.rotary import rotate_reference
-from hasten.kernels.silu_mul import silu_mul_reference
+from elementwise_checks import check_fp8_rows, check_late_scales, check_norm_and_silu_mul, check_rotate_and_write
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-BLOCK_SIZE = 16
-EPS = 1e-5
-TOLERANCES = [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 2e-6)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 256])
 @pytest.mark.parametrize("width", [80, 896, 4096, 5120, 14336, 18944])
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_norm_and_silu_mul(dtype: torch.dtype, tolerance: float, width: int, rows: int) -> None:
-    from hasten.kernels.cuda import elementwise
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        x, weight = torch.randn(rows, width).to(dtype), torch.randn(width).to(dtype)
-        gate_up = torch.randn(rows, 2 * width).to(dtype)
-    norm = elementwise.rms_norm(x, weight, EPS, out=torch.full_like(x, float("nan")))
-    product = elementwise.silu_mul(gate_up, out=torch.full_like(x, float("nan")))
-    torch.testing.assert_close(norm, rms_norm_reference(x, weight, EPS), atol=tolerance, rtol=tolerance)
-    expected = silu_mul_reference(gate_up.float()).to(dtype)
-    torch.testing.assert_close(product, expected, atol=tolerance, rtol=tolerance)
-    assert elementwise.rms_norm(x, weight, EPS, out=x) is x
-    assert torch.equal(x, norm)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_silu_mul(dtype: torch.dtype, width: int, rows: int) -> None:
+    check_norm_and_silu_mul("cuda", dtype, rows, width)
 
 
 @pytest.mark.parametrize("width", [16, 4096, 14336, 18944])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_rows(dtype: torch.dtype, magnitude: float, width: int) -> None:
-    """Codes times scales are the values, to half a step of three mantissa bits; a row of zeros stays zeros."""
-    from hasten.kernels.cuda import elementwise
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        x, weight = (torch.randn(33, width) * magnitude).to(dtype), torch.randn(width).to(dtype)
-        gate_up = (torch.randn(33, 2 * width) * magnitude).to(dtype)
-    for (codes, scales), expected in (
-        (elementwise.quantize_fp8(x), x.float()),
-        (elementwise.rms_norm_fp8(x, weight, EPS), rms_norm_reference(x.float(), weight, EPS)),
-        (elementwise.silu_mul_fp8(gate_up), silu_mul_reference(gate_up.float())),
-    ):
-        assert codes.dtype == torch.float8_e4m3fn and scales.shape == (33, 1) and bool((scales > 0).all())
-        amax = expected.abs().amax(1, keepdim=True)
-        torch.testing.assert_close(scales, amax.clamp(min=elementwise.MIN_AMAX) / 448, rtol=1e-5, atol=0)
-        error = (codes.float() * scales - expected).abs()
-        assert bool((error <= expected.abs() / 15 + scales / 500).all())
+    check_fp8_rows("cuda", dtype, magnitude, 33, width)
 
 
 @pytest.mark.parametrize("width", [16, 4096, 14336, 18944])
 @pytest.mark.parametrize("has_more", [False, True])
 def test_late_scales(*, has_more: bool, width: int) -> None:
-    from hasten.kernels.cuda import elementwise
-
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        x, row_scale, column_scale = torch.randn(33, width).bfloat16(), torch.rand(33, 1), torch.rand(width)
-        bias, residual = (torch.randn(width).bfloat16(), torch.randn(33, width).bfloat16()) if has_more else (None,) * 2
-        gate_up, scales = torch.randn(33, 2 * width), torch.rand(2 * width)
-    expected = x.float() * row_scale * column_scale
-    if bias is not None and residual is not None:
-        expected = expected + bias.float() + residual.float()
-    out = x if residual is None else residual
-    assert elementwise.scale_rows(x, row_scale, column_scale, bias=bias, residual=residual, out=out) is out
-    torch.testing.assert_close(out, expected.bfloat16(), atol=1e-2, rtol=1e-2)
-    late = elementwise.silu_mul_fp8(gate_up, row_scale, scales)
-    for actual, wanted in zip(late, elementwise.silu_mul_fp8(gate_up * row_scale * scales), strict=True):
-        torch.testing.assert_close(actual.float(), wanted.float(), rtol=0.13, atol=1e-6)
+    check_late_scales("cuda", torch.bfloat16, 33, width, has_more=has_more)
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -82,51 +35,8 @@ def test_late_scales(*, has_more: bool, width: int) -> None:
     ("heads", "head_dim"), [((32, 8), 128), ((28, 4), 128), ((8, 8), 64), ((6, 2), 80), ((7, 1), 96)]
 )
 @pytest.mark.parametrize("num_tokens", [1, 300])
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rotate_and_write(
-    *,
-    dtype: torch.dtype,
-    tolerance: float,
-    num_tokens: int,
-    heads: tuple[int, int],
-    head_dim: int,
-    has_norm: bool,
+    *, dtype: torch.dtype, num_tokens: int, heads: tuple[int, int], head_dim: int, has_norm: bool
 ) -> None:
-    from hasten.kernels.cuda import elementwise
-
-    torch.manual_seed(0)
-    num_heads, num_kv_heads = heads
-    with torch.device("cuda"):
-        qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
-        angles = torch.randn(1000, head_dim // 2)
-        positions = torch.randint(1000, (num_tokens,))
-        slots = torch.randperm(40 * BLOCK_SIZE)[:num_tokens]
-        slots[num_tokens // 2 :: 7] = -1
-        keys, values = (torch.full((40, BLOCK_SIZE, num_kv_heads, head_dim), 7.0, dtype=dtype) for _ in range(2))
-        norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)) if has_norm else (None, None)
-    q, k, v = elementwise.rotate_and_write(
-        qkv,
-        angles.cos(),
-        angles.sin(),
-        positions,
-        slots,
-        keys,
-        values,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        q_norm=norms[0],
-        k_norm=norms[1],
-        eps=EPS,
-    )
-    split = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), 1)
-    rotations = torch.polar(torch.ones_like(angles[positions]), angles[positions]).unsqueeze(1)
-    for actual, source, weight in ((q, split[0], norms[0]), (k, split[1], norms[1])):
-        wide = source.float() if weight is None else rms_norm_reference(source.float(), weight, EPS)
-        torch.testing.assert_close(
-            actual, rotate_reference(wide, rotations).to(dtype), atol=4 * tolerance, rtol=tolerance
-        )
-    assert torch.equal(v, split[2])
-    for cache, rows in ((keys, k), (values, v)):
-        expected = torch.full_like(cache, 7.0)
-        expected.flatten(0, 1)[slots[slots >= 0]] = rows[slots >= 0]
-        assert torch.equal(cache, expected)
+    check_rotate_and_write("cuda", dtype, num_tokens, heads, head_dim, has_norm=has_norm)

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
+from attention_checks import BLOCK_SIZE, TOLERANCES, check_prefill, check_rows
 from hasten.kernels.attention import attention_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-BLOCK_SIZE = 16
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 
 
 @pytest.mark.parametrize("window", [None, 1, 100])
@@ -34,35 +32,7 @@ def test_equals_reference(
     chunks: list[tuple[int, int]],
     window: int | None,
 ) -> None:
-    """chunks: each sequence's context length and the number of its last tokens in the step."""
-    from hasten.kernels.cuda.decode_attention import DecodeWorkspace
-    from hasten.kernels.cuda.prefill_attention import plan_prefill, prefill_attention
-
-    torch.manual_seed(0)
-    (num_heads, num_kv_heads), blocks_each = heads, 200
-    shape = ((1 + len(chunks)) * blocks_each, BLOCK_SIZE, num_kv_heads, head_dim)
-    keys, values = (torch.full(shape, float("nan"), dtype=dtype, device="cuda") for _ in range(2))
-    tables = torch.randperm(shape[0])[: len(chunks) * blocks_each].view(len(chunks), blocks_each)
-    inputs, expected, starts = [], [], [0]
-    for table, (context_len, num_queries) in zip(tables, chunks, strict=True):
-        with torch.device("cuda"):
-            q = torch.randn(num_queries, num_heads, head_dim).to(dtype)
-            k, v = (torch.randn(context_len, num_kv_heads, head_dim).to(dtype) for _ in range(2))
-        where = torch.arange(context_len)
-        slots = table[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
-        keys.flatten(0, 1)[slots.cuda()], values.flatten(0, 1)[slots.cuda()] = k, v
-        inputs.append((q, k[-num_queries:], v[-num_queries:]))
-        on_host = attention_reference(q.cpu(), k.cpu(), v.cpu(), head_dim**-0.5, window)
-        expected.append(on_host.flatten(1))
-        starts.append(starts[-1] + num_queries)
-    workspace = DecodeWorkspace(len(chunks), num_heads, head_dim, "cuda")
-    context_lens = [context_len for context_len, _ in chunks]
-    plan = plan_prefill(starts, context_lens, tables.tolist(), block_size=BLOCK_SIZE, workspace=workspace)
-    q, k, v = (torch.cat(each) for each in zip(*inputs, strict=True))
-    actual = prefill_attention(q, k, v, keys, values, plan, head_dim**-0.5, window)
-    reference = torch.cat(expected).double().cuda()
-    error = (actual.double() - reference).norm(dim=1)
-    assert bool((error <= TOLERANCES[dtype] * reference.norm(dim=1)).all()), error
+    check_prefill("cuda", heads, head_dim, dtype, chunks, window)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 77, 128])
@@ -80,6 +50,5 @@ def test_fixed_length(heads: tuple[int, int], head_dim: int, num_tokens: int) ->
     for window in (None, 50):
         actual = prefill_attention(q, k, v, cache, cache, plan, head_dim**-0.5, window)[:num_tokens]
         host = [each[:num_tokens].cpu() for each in (q, k, v)]
-        expected = attention_reference(host[0], host[1], host[2], head_dim**-0.5, window).flatten(1).double().cuda()
-        error = (actual.double() - expected).norm(dim=1)
-        assert bool((error <= 1e-2 * expected.norm(dim=1)).all()), error
+        expected = attention_reference(host[0], host[1], host[2], head_dim**-0.5, window).flatten(1).cuda()
+        check_rows(actual, expected, TOLERANCES[torch.bfloat16])

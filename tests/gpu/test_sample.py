@@ -8,6 +8,7 @@ import torch
 from hasten.engine.sampler import filter_scores, penalize
 from hasten.engine.sequence import uniform
 from hasten.request import SamplingParams
+from sampling_checks import check_drawn_token
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -22,33 +23,6 @@ SAMPLINGS = [
     SamplingParams(frequency_penalty=0.5, presence_penalty=0.5),
     SamplingParams(temperature=3.0, top_p=0.5, frequency_penalty=-0.5),
 ]
-
-
-def near(value: torch.Tensor, number: float) -> bool:
-    """Whether a float32 sum may be on the other side of the number."""
-    return bool(((value - number).abs() < 1e-5).any())
-
-
-def check_row(logits: torch.Tensor, sampling: SamplingParams, number: float, token: int, border: float) -> None:
-    """A drawn token and its border against the engine's sampler in float64; logits: after penalties."""
-    scores = logits.double().unsqueeze(0)
-    filter_scores(scores, [sampling])
-    kept = scores[0] > -math.inf
-    scores = logits.double() / sampling.temperature
-    before_top_p = scores.clone().unsqueeze(0)
-    filter_scores(before_top_p, [SamplingParams(temperature=1.0, top_k=sampling.top_k)])
-    reached = before_top_p[0].sort(descending=True).values.softmax(-1).cumsum(-1)
-    ratios = (scores - scores.max()).exp()
-    if not (sampling.top_p < 1.0 and near(reached, sampling.top_p)) and not near(ratios, sampling.min_p or -1.0):
-        heavy = scores > scores.max() - 27  # lighter tokens are never drawn
-        assert torch.equal((logits >= border) & heavy, kept & heavy)
-    cumulative = torch.where(logits >= border, scores, -math.inf).softmax(-1).cumsum(-1)
-    target = torch.tensor(number, dtype=torch.float64, device="cuda")
-    expected = int(torch.searchsorted(cumulative, target, right=True))
-    if token != expected:  # the reference's exponentials differ in their last bits
-        low, high = sorted((token, expected))
-        assert near(cumulative[low : high + 1], number)
-        assert cumulative[high - 1] - cumulative[low] < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
@@ -81,7 +55,7 @@ def test_tokens_are_those_of_the_engines_sampler(vocab_size: int, rows: int, sca
         if sampling.is_greedy:
             assert tokens[row] == int(on_device[row].max(-1).indices)
         else:
-            check_row(on_device[row], sampling, uniforms[row].item(), tokens[row], state.borders[row].item())
+            check_drawn_token(on_device[row], sampling, uniforms[row].item(), tokens[row], state.borders[row].item())
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -113,7 +113,7 @@ def test_failures_leave_nothing_behind(
             build(model, "fp32", out)
     assert not list(out.parent.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "_free_bytes", lambda _: 1000)
+        patch.setattr(build_module, "free_disk_bytes", lambda _: 1000)
         with pytest.raises(ResourceError, match="GB are free"):
             build(model, "fp32", out)
     assert not list(out.parent.iterdir())

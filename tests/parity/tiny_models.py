@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hasten.kernels.kv_cache import KVCache, allocate_kv_cache
 from hasten.models.batch import Batch
 from hasten.models.decoder import Decoder
+from random_models import random_model
 
 SIZES = {
     "vocab_size": 160,
@@ -95,17 +96,9 @@ class TinyModel:
 
 
 def make_model(folder: Path, variant: str, **save_options: Any) -> TinyModel:
-    """Draws a model, writes it and returns it. Norms and biases are random too."""
+    """Draws a model, writes it and returns it."""
     model_type, options = VARIANTS[variant]
-    torch.manual_seed(sum(map(ord, variant)))
-    config = AutoConfig.for_model(model_type, **(SIZES | options))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.2)
-            elif "norm" in name:
-                parameter.normal_(1.0, 0.2)
+    model = random_model(model_type, SIZES | options, seed=sum(map(ord, variant)))
     model.save_pretrained(folder, **save_options)
     return TinyModel(folder, model)
 

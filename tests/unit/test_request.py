@@ -3,7 +3,7 @@ import math
 import pytest
 
 from hasten.errors import RequestError
-from hasten.request import Request, SamplingParams
+from hasten.request import MAX_GRAMMAR_CHARS, Grammar, Request, SamplingParams
 
 
 def test_default_is_greedy() -> None:
@@ -41,3 +41,20 @@ def test_empty_stop_string_and_empty_prompt_are_refused() -> None:
         SamplingParams(stop=("end", ""))
     with pytest.raises(RequestError, match="request r1: the prompt is empty"):
         Request("r1", ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("yaml", "a: b", "a grammar is one of json_object, json_schema, regex, lark, got 'yaml'"),
+        ("regex", "", "a grammar of kind regex needs a text"),
+        ("json_object", "{}", "a grammar of kind json_object takes no text"),
+        ("json_schema", '{"type":', "the json_schema is not valid JSON: Expecting value"),
+        ("json_schema", "[" * 60_000, "the json_schema is not valid JSON"),
+        ("json_schema", "true", "a json_schema is a JSON object, got true"),
+        ("regex", "a" * (MAX_GRAMMAR_CHARS + 1), "the regex has 65537 characters and at most 65536 are allowed"),
+    ],
+)
+def test_the_form_of_a_grammar_is_checked_when_it_is_made(kind: str, text: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        Grammar(kind, text)  # type: ignore[arg-type]

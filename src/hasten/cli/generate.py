@@ -1,5 +1,7 @@
 """`hasten generate`: text from a prompt or a file of prompts, streamed as it is generated."""
 
+from contextlib import ExitStack
+
 import typer
 
 from hasten.cli import terminal
@@ -18,7 +20,14 @@ def register(app: typer.Typer) -> None:
         num_prompts = len(read_prompts(config)) if str(config.file) != "-" else None
         is_streamed = num_prompts == 1 and config.n == 1 and not json
         terminal.note(f"loading {config.model}")
-        completions = run_generate(config, on_text=_print_piece if is_streamed else lambda index, piece: None)
+        with ExitStack() as bar:
+
+            def on_text(index: int, piece: str) -> None:
+                bar.close()  # before the text comes
+                if is_streamed:
+                    print(piece, end="", flush=True)  # noqa: T201
+
+            completions = run_generate(config, on_text, bar.enter_context(terminal.progress_bar()))
         if json:
             import msgspec
 
@@ -32,7 +41,3 @@ def register(app: typer.Typer) -> None:
         failed = [completion for completion in completions if completion.finish_reason == "error"]
         if failed:
             raise RequestError(f"{len(failed)} of {len(completions)} failed: {failed[0].error}")
-
-
-def _print_piece(index: int, piece: str) -> None:
-    print(piece, end="", flush=True)  # noqa: T201

@@ -152,7 +152,7 @@ def print_comparison(
     table = []
     for row in rows:
         cells = [column.cell(row) for column in shown]
-        table.append([f"{row.label}{MARKS[row.role]}", *(_cell_text(cell) for cell in cells)])
+        table.append([f"{row.label}{MARKS[row.role]}", *(cell_text(cell) for cell in cells)])
     print_table(headers, table)
     for row in rows:
         if row.verdict is not None:
@@ -178,7 +178,8 @@ def _shown_keys(levels: Sequence[int]) -> set[str]:
     return {*SHORT_HEADINGS, f"tokens_per_s_{levels[0]}", f"tokens_per_s_{levels[-1]}"}
 
 
-def _cell_text(cell: "Cell") -> str:
+def cell_text(cell: "Cell") -> str:
+    """A cell on the terminal."""
     if not cell.is_measured:
         return "-"
     return f"{cell.text} {cell.detail}" if cell.detail in {"tie", "few runs"} else cell.text
@@ -203,7 +204,7 @@ def print_speeds(measured: "BenchResult") -> None:
     for speed in row.speeds:
         columns = [column for column in load_columns(speed.concurrency) if column.key in keys]
         headers = ["concurrency", *(column.heading for column in columns)]
-        table.append([str(speed.concurrency), *(_cell_text(column.cell(row)) for column in columns)])
+        table.append([str(speed.concurrency), *(cell_text(column.cell(row)) for column in columns)])
     print_table(headers, table, title=row.label)
     if measured.memory is not None:
         gpu_bytes = measured.memory.peak_device_bytes

@@ -32,6 +32,7 @@ from hasten.engine.folder import (
 from hasten.engine.tune import OnTune, tune_on_gpu, write_folder_tuning
 from hasten.engine.tuning import TUNING_NAME
 from hasten.errors import ResourceError, UsageError
+from hasten.hardware import free_disk_bytes
 from hasten.models.config import DecoderConfig
 from hasten.models.weights import EMBEDDING, OnRead, WeightReader, norm_shapes
 from hasten.quantization.packing import pack_int4
@@ -127,16 +128,12 @@ def engine_bytes(reader: WeightReader) -> int:
 
 
 def _check_disk(reader: WeightReader, folder: Path) -> None:
-    needed, free = engine_bytes(reader), _free_bytes(folder)
+    needed, free = engine_bytes(reader), free_disk_bytes(folder)
     if needed > free:
         raise ResourceError(
             f"the engine needs {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free: "
             "free some space or name an output folder on another disk"
         )
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _write(folder: Path, reader: WeightReader) -> None:

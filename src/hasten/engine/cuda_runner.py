@@ -4,12 +4,14 @@ A decode step is one copy of a small array and the launch of one graph, captured
 size of a few (a batch is padded to the next of them), with sampling inside. What a sequence needs
 from step to step stays on the GPU, in the row of its slot: block table, last token, sampling
 parameters. So the host can launch a step before it knows the tokens of the one before.
+Where a row has a grammar, the step draws its tokens a second time, after its graph: the masks are
+computed while the model is.
 
 The invariant: steps run in the order of their launch, on one stream. At most two are under way,
 so the pinned memory that steps exchange with the host is used in turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -17,12 +19,13 @@ import numpy as np
 import torch
 
 from hasten.engine.config import EngineConfig, decode_buckets
-from hasten.engine.model_runner import Collect, ModelRunner
-from hasten.engine.sampler import NOT_FINITE, SampledToken, is_plain
+from hasten.engine.grammar import Matcher, write_masks
+from hasten.engine.model_runner import Collect, ModelRunner, OnCaptured
+from hasten.engine.sampler import NOT_FINITE, SampledToken, is_plain, possible
 from hasten.engine.scheduler import Schedule, ScheduledChunk
 from hasten.engine.sequence import Sequence, uniform
 from hasten.kernels.cuda.attention import CudaAttention, DecodeRows, Prompts
-from hasten.kernels.cuda.sample import GreedyWorkspace, SamplingState, greedy_rows, sample_rows, top_logprobs
+from hasten.kernels.cuda.sample import GreedyWorkspace, SamplingState, greedy_rows, mask_rows, sample_rows, top_logprobs
 from hasten.kernels.cuda.step_io import begin_step, end_step
 from hasten.kernels.kv_cache import KVCache
 from hasten.kernels.phase import phase
@@ -98,15 +101,22 @@ class CudaRunner(ModelRunner):
         self._prompt_buckets = tuple(size for size in PROMPT_BUCKETS if size <= config.max_num_batched_tokens)
         self._prompt = torch.zeros(4 + 3 * PROMPT_BUCKETS[-1], dtype=torch.int32, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
+        self._capture_stream = torch.cuda.Stream()
+        with torch.cuda.stream(self._capture_stream):
+            self._reserve = torch.empty(1, device="cuda")  # room for a graph's state: product_tuning.time_in_turns
 
-    def prepare(self) -> None:
+    def prepare(self, on_captured: OnCaptured | None = None) -> None:
         """Captures the greedy steps; those that sample are captured when one is first needed."""
-        for bucket in reversed(self._prompt_buckets):  # the largest first: the others fit into its memory
-            self._graph("prompt", bucket, is_greedy=True)
+        # the largest first: the others fit into its memory
+        steps = [("prompt", bucket) for bucket in reversed(self._prompt_buckets)]
         for bucket in reversed(self._buckets):
-            self._graph("decode", bucket, is_greedy=True)
+            steps.append(("decode", bucket))
             if self._attention.is_long(bucket, self._max_model_tokens):
-                self._graph("long decode", bucket, is_greedy=True)
+                steps.append(("long decode", bucket))
+        for number, (kind, bucket) in enumerate(steps, 1):
+            self._graph(kind, bucket, is_greedy=True)
+            if on_captured is not None:
+                on_captured(number, len(steps))
         with torch.inference_mode():
             if self._kv_cache.keys[0].dtype != torch.float32:
                 self._attention.prepare_prompts(self._max_prompt_tokens, self._kv_cache)
@@ -119,7 +129,9 @@ class CudaRunner(ModelRunner):
             self._enter(chunk.sequence)
         ring = self._num_steps % RING
         self._num_steps += 1
-        is_greedy = all(is_plain(chunk.sequence.sampling) for chunk in drawing)
+        is_plain_step = all(is_plain(chunk.sequence.sampling) for chunk in drawing)
+        masked = {row: matcher for row, chunk in enumerate(drawing) if (matcher := chunk.sequence.matcher) is not None}
+        is_greedy = is_plain_step or bool(masked)  # a first draw that a second follows must not count its tokens
         with torch.inference_mode():
             if self._is_short_prompt(schedule.chunks):
                 with phase("prefill", on_gpu=True):
@@ -130,6 +142,9 @@ class CudaRunner(ModelRunner):
             else:
                 with phase("decode", on_gpu=True):
                     logits, tokens = self._run_decodes(decodes, ring, is_greedy=is_greedy)
+            if masked:
+                self._mask(logits, masked)
+                self._draw(logits, self._rows(len(tokens)), tokens, is_greedy=is_plain_step)
             logprobs = self._logprobs(drawing, logits, tokens)
         done = torch.cuda.Event()
         done.record()
@@ -281,6 +296,13 @@ class CudaRunner(ModelRunner):
             self._block_size,
         )
 
+    def _mask(self, logits: torch.Tensor, matchers: Mapping[int, Matcher]) -> None:
+        """Takes from the rows with a grammar the tokens that may not come next."""
+        shape = len(matchers), -(-logits.shape[1] // 32)
+        masks = torch.empty(shape, dtype=torch.int32, pin_memory=True)
+        write_masks(list(matchers.values()), masks.numpy())
+        mask_rows(logits, self._sent(np.array(list(matchers), dtype=np.int32)), masks.to("cuda", non_blocking=True))
+
     def _draw(self, logits: torch.Tensor, rows: Rows, tokens: torch.Tensor, *, is_greedy: bool) -> None:
         """Chooses a token for each row, keeps it and sends it to the host."""
         with phase("sampling", on_gpu=True):
@@ -337,11 +359,11 @@ class CudaRunner(ModelRunner):
             self._input.fill_(-1)  # rows that fill up a bucket: nothing is written while kernels are loaded
             self._input[0] = 0
             torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(self._capture_stream):
                 run()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
                 logits = run()
         return StepGraph(graph, logits, tokens)
 
@@ -385,7 +407,7 @@ def _sampled(token_id: int, logprobs: RowLogprobs | None) -> SampledToken:
     if logprobs is None:
         return SampledToken(token_id)
     top = zip(logprobs.token_ids.tolist(), logprobs.values.tolist(), strict=True)
-    return SampledToken(token_id, logprobs.chosen.item(), tuple(top))
+    return SampledToken(token_id, logprobs.chosen.item(), possible(top))
 
 
 def _uniform(chunk: ScheduledChunk) -> float:

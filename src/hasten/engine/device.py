@@ -9,6 +9,7 @@ import torch
 from hasten.config import Scheme
 from hasten.errors import ResourceError, UsageError
 from hasten.hardware import memory
+from hasten.models.load import check_cpu_scheme
 
 MIN_CAPABILITY = {"fp32": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "w8a16": (8, 0), "fp8": (8, 9)}
 """The lowest compute capability of a GPU that runs a scheme."""
@@ -59,8 +60,7 @@ def find_device(kind: str = "auto") -> Device:
 def check_scheme(device: Device, scheme: Scheme) -> None:
     """Raises UsageError where the device cannot run the scheme, with those that it can."""
     if device.capability is None:
-        if scheme.is_fp8:
-            raise UsageError("scheme fp8 runs on NVIDIA GPUs of compute capability 8.9 or newer: use w8a16 on a CPU")
+        check_cpu_scheme(scheme)
         return
     allowed = [name for name, lowest in MIN_CAPABILITY.items() if device.capability >= lowest]
     if scheme.name in allowed:

@@ -1,7 +1,8 @@
 """The native engine: add a request, make a step, abort a request.
 
 Where the device works beside Python, a step is launched before the tokens of the last one are
-collected, so that the device never waits for Python (overlap scheduling).
+collected, so that the device never waits for Python (overlap scheduling). A request with a grammar
+is queued when the grammar has been compiled, which the others do not wait for.
 
 Every request that `add_request` accepted ends in one event with a finish_reason for each of
 its continuations. Its blocks are free as soon as it ends.
@@ -12,11 +13,13 @@ Not here: text and stop strings (`runtimes.text`), and whatever calls `step` in 
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
+from concurrent import futures
 
 import torch
 
 from hasten.engine.block_manager import BlockManager, BlockTable
 from hasten.engine.config import EngineConfig
+from hasten.engine.grammar import CompiledGrammar, GrammarCompiler
 from hasten.engine.model_runner import Collect, Runner
 from hasten.engine.scheduler import Schedule, Scheduler
 from hasten.engine.sequence import Sequence, make_sequences
@@ -29,6 +32,10 @@ OUT_OF_MEMORY = (
 )
 
 
+COMPILE_WAIT_S = 0.01
+"""How long a step waits for a grammar if there is nothing else to do."""
+
+
 class Engine:
     """Runs requests in flight on one model and one cache. Not safe for use from several threads.
 
@@ -36,6 +43,7 @@ class Engine:
         runner: has the model and the cache.
         config: resolved, with as many blocks as the cache.
         eos_token_ids: tokens that end a sequence unless its request says ignore_eos.
+        grammars: compiles for this model; None where no request has a grammar.
     """
 
     def __init__(
@@ -45,12 +53,15 @@ class Engine:
         *,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         assert config.num_blocks is not None, "the config is resolved"
         self.config = config
         self.block_manager = BlockManager(config.num_blocks, config.block_size, config.consecutive_blocks)
         self.scheduler = Scheduler(config, self.block_manager)
         self._runner = runner
+        self._grammars = grammars
+        self._compiling: dict[str, tuple[Request, futures.Future[CompiledGrammar]]] = {}
         self._in_flight: tuple[Schedule, Collect] | None = None
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
@@ -61,63 +72,104 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to report."""
+        return self._is_busy or bool(self._compiling)
+
+    @property
+    def _is_busy(self) -> bool:
         return self.scheduler.has_unfinished or self._in_flight is not None or bool(self._pending)
 
     def add_request(self, request: Request) -> None:
-        """Queues a request.
+        """Queues a request. One whose grammar turns out to be no good ends in an error.
 
         Raises:
             RequestError: it can never run; says which figure is beyond which limit.
         """
         self._check(request)
-        sequences = make_sequences(request, self._num_arrivals, self._eos_token_ids, self.config.max_model_tokens)
-        self._num_arrivals += len(sequences)
-        self._active_ids[request.request_id] = len(sequences)
-        self.scheduler.add(sequences)
+        self._active_ids[request.request_id] = request.sampling.n
+        if request.sampling.grammar is None:
+            self._queue(request)
+        else:
+            assert self._grammars is not None, "an engine whose requests have grammars has a compiler"
+            self._compiling[request.request_id] = request, self._grammars.compile(request.sampling.grammar)
 
     def step(self) -> list[TokenEvent]:
         """Computes one step for the sequences that are due; returns their tokens and what has ended.
 
-        With an asynchronous runner they are those of the step before, while the next one runs.
+        With an asynchronous runner they are those of the step before, while the next one runs. An exception
+        that the runner raises ends the sequences of its step, in errors that the next call returns; the engine
+        can go on if the device can.
         """
+        if self._compiling:
+            self._queue_compiled()
+        launched = self._launch()
+        if self._runner.is_asynchronous:
+            launched, self._in_flight = self._in_flight, launched
+        if launched is not None:
+            self._collect(*launched)
         events, self._pending = self._pending, []
-        previous, self._in_flight = self._in_flight, self._launch(events)
-        if not self._runner.is_asynchronous:
-            previous, self._in_flight = self._in_flight, None
-        if previous is not None:
-            schedule, collect = previous
-            sampled = collect()
-            computed = self.scheduler.commit(schedule, sampled, time.perf_counter())
-            self._count_ends(computed)
-            events += computed
         return events
 
-    def _launch(self, events: list[TokenEvent]) -> tuple[Schedule, Collect] | None:
-        """Starts the next step, if anything is due; what ends without running is added to the events."""
+    def _queue(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
+        sequences = self._sequences(request, grammar)
+        self._num_arrivals += len(sequences)
+        self.scheduler.add(sequences)
+
+    def _sequences(self, request: Request, grammar: CompiledGrammar | None = None) -> tuple[Sequence, ...]:
+        limit = self.config.max_model_tokens
+        return make_sequences(request, self._num_arrivals, self._eos_token_ids, limit, grammar)
+
+    def _queue_compiled(self) -> None:
+        """Queues the requests whose grammars are compiled, ends those whose cannot be."""
+        timeout_s = 0.0 if self._is_busy else COMPILE_WAIT_S
+        wanted = [future for _, future in self._compiling.values()]
+        done = futures.wait(wanted, timeout_s, futures.FIRST_COMPLETED).done
+        for request, future in [each for each in self._compiling.values() if each[1] in done]:
+            del self._compiling[request.request_id]
+            error = future.exception()
+            if error is None:
+                self._queue(request, future.result())
+            else:
+                self._end(self._sequences(request), "error", str(error))
+
+    def _launch(self) -> tuple[Schedule, Collect] | None:
+        """Starts the next step, if anything is due."""
         if not self.scheduler.has_unfinished:
             return None
         schedule = self.scheduler.schedule()
-        ends = [_end(each, "error", time.perf_counter(), self._too_long(each)) for each in schedule.too_long]
-        launched = None
-        if schedule.chunks:
-            try:
-                launched = schedule, self._runner.launch(schedule)
-            except torch.OutOfMemoryError:
-                time_s, failed = time.perf_counter(), self.scheduler.fail(schedule)
-                ends += [_end(each, "error", time_s, OUT_OF_MEMORY) for each in failed]
-        self._count_ends(ends)
-        events += ends
-        return launched
+        for sequence in schedule.too_long:
+            self._end([sequence], "error", self._too_long(sequence))
+        if not schedule.chunks:
+            return None
+        try:
+            return schedule, self._runner.launch(schedule)
+        except torch.OutOfMemoryError:
+            self._end(self.scheduler.fail(schedule), "error", OUT_OF_MEMORY)
+            return None
+        except Exception as error:
+            self._end(self.scheduler.fail(schedule), "error", _step_failed(error))
+            raise
+
+    def _collect(self, schedule: Schedule, collect: Collect) -> None:
+        """Waits for a step's tokens."""
+        try:
+            sampled = collect()
+        except Exception as error:
+            self._end(self.scheduler.fail(schedule), "error", _step_failed(error))
+            raise
+        computed = self.scheduler.commit(schedule, sampled, time.perf_counter())
+        self._count_ends(computed)
+        self._pending += computed
 
     def abort(self, request_id: str) -> None:
         """Ends a request, frees its blocks at once; the next step returns its "cancelled" events.
 
         An id that is unknown or has ended is ignored: it may end while the caller decides.
         """
-        time_s = time.perf_counter()
-        ends = [_end(each, "cancelled", time_s) for each in self.scheduler.abort(request_id)]
-        self._count_ends(ends)
-        self._pending += ends
+        if request_id in self._compiling:
+            request, _ = self._compiling.pop(request_id)
+            self._end(self._sequences(request), "cancelled")
+        else:
+            self._end(self.scheduler.abort(request_id), "cancelled")
 
     def prompt_logits(self, token_ids: Items[int], chunk_tokens: int) -> Iterator[torch.Tensor]:
         """Logits after each token of a prompt, outside any request; see ModelRunner.prompt_logits.
@@ -164,6 +216,15 @@ class Engine:
             f"{self.block_manager.num_blocks * self.block_manager.block_size}: lower max_tokens or raise num_blocks"
         )
 
+    def _end(self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None) -> None:
+        """Lets `step` report the ends of sequences that have left the scheduler."""
+        time_s = time.perf_counter()
+        ends = [
+            TokenEvent(each.request.request_id, None, time_s, each.index, reason, error=error) for each in sequences
+        ]
+        self._count_ends(ends)
+        self._pending += ends
+
     def _count_ends(self, events: Iterable[TokenEvent]) -> None:
         for event in events:
             if event.finish_reason is not None:
@@ -172,12 +233,5 @@ class Engine:
                     del self._active_ids[event.request_id]
 
 
-def _end(sequence: Sequence, reason: FinishReason, time_s: float, error: str | None = None) -> TokenEvent:
-    return TokenEvent(
-        request_id=sequence.request.request_id,
-        token_id=None,
-        time_s=time_s,
-        index=sequence.index,
-        finish_reason=reason,
-        error=error,
-    )
+def _step_failed(error: Exception) -> str:
+    return f"the step that the request was in failed: {type(error).__name__}: {error}"

@@ -20,6 +20,9 @@ from hasten.models.batch import Batch
 Collect = Callable[[], list[SampledToken]]
 """Waits for a step; gives a token for each chunk that samples, in their order."""
 
+OnCaptured = Callable[[int, int], object]
+"""Told how many steps are captured as graphs, of how many."""
+
 
 class Runner(Protocol):
     """Computes steps, in the order in which they are launched.
@@ -31,7 +34,7 @@ class Runner(Protocol):
 
     is_asynchronous: bool
 
-    def prepare(self) -> None:
+    def prepare(self, on_captured: OnCaptured | None = None) -> None:
         """Does now what the first steps would otherwise have to wait for."""
 
     def launch(self, schedule: Schedule) -> Collect:
@@ -71,7 +74,7 @@ class ModelRunner:
         self._block_size = kv_cache.block_size
         self._device = device
 
-    def prepare(self) -> None:
+    def prepare(self, on_captured: OnCaptured | None = None) -> None:
         """See Runner; nothing to do."""
 
     def launch(self, schedule: Schedule) -> Collect:

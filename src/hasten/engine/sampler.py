@@ -1,6 +1,8 @@
 """Chooses each sequence's next token from its logits.
 
-The order is: penalties, temperature, top-k, top-p, min-p, draw.
+The order is: grammar, penalties, temperature, top-k, top-p, min-p, draw.
+- grammar: the logits of tokens that it does not allow become -inf, which none of the later steps
+  changes, so such a token is never drawn; log-probabilities are those of the tokens allowed;
 - repetition penalty r: a token of prompt or output has its logit divided by r if positive,
   multiplied by r if negative (CTRL, arXiv 1909.05858, section 4.1, as in transformers);
 - frequency penalty f and presence penalty p: a token that was generated c > 0 times loses
@@ -24,14 +26,24 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from hasten.engine.grammar import write_masks
 from hasten.engine.sequence import Sequence, uniform
 from hasten.request import SamplingParams
 
 # Top-p first looks at this many of the most probable tokens, and sorts the whole vocabulary
 # only if their probability does not reach p: sorting is slower than all the rest together.
 _TOP_P_CANDIDATES = 1024
+
+# Lower ones are taken for this, which is greedy already: divided by less, a logit may become infinite.
+MIN_TEMPERATURE = 1e-20
+
+# [256, 8] float32: the most that the logits of a mask's byte may be; a table is faster than to fill where a bit is 0.
+_MOST_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), math.inf, -math.inf
+).astype(np.float32)
 
 NOT_FINITE = "the model's largest logit is not a finite number: its weights or precision are unfit"
 
@@ -56,6 +68,7 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToke
     Args:
         logits: [num_seqs, vocab_size] float32; changed in place.
     """
+    _mask(logits, sequences)
     if all(is_plain(sequence.sampling) for sequence in sequences):
         best = logits.max(dim=-1)
         return [_chosen(token_id, value) for token_id, value in _rows(best.indices, best.values)]
@@ -78,6 +91,19 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToke
         if sequence.sampling.logprobs is not None and tokens[row].error is None:
             tokens[row] = _with_logprobs(tokens[row].token_id, logits[row], sequence.sampling.logprobs)
     return tokens
+
+
+def _mask(logits: torch.Tensor, sequences: Items[Sequence]) -> None:
+    """Takes from each sequence with a grammar the tokens that may not come next, in place."""
+    rows = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher is not None}
+    if not rows:
+        return
+    vocab_size = logits.shape[-1]
+    masks = np.empty((len(rows), -(-vocab_size // 32)), dtype=np.int32)
+    write_masks(list(rows.values()), masks)
+    most = _MOST_OF_BYTE[masks.view(np.uint8)].reshape(len(rows), -1)[:, :vocab_size]  # [num_rows, vocab_size]
+    for row, limits in zip(rows, torch.from_numpy(most), strict=True):
+        torch.minimum(logits[row], limits.to(logits.device), out=logits[row])
 
 
 def penalize(logits: torch.Tensor, sampling: SamplingParams, token_ids: Items[int], num_prompt_tokens: int) -> None:
@@ -106,7 +132,7 @@ def filter_scores(scores: torch.Tensor, samplings: Items[SamplingParams]) -> Non
         scores: [num_rows, vocab_size] float32 logits of rows with a temperature above 0.
     """
     vocab_size = scores.shape[-1]
-    scores /= _column(scores, [each.temperature for each in samplings])
+    scores /= _column(scores, [max(each.temperature, MIN_TEMPERATURE) for each in samplings])
     top_k = [min(each.top_k or vocab_size, vocab_size) for each in samplings]
     if min(top_k) < vocab_size:
         widest = max(k for k in top_k if k < vocab_size)
@@ -179,4 +205,9 @@ def _chosen(token_id: int, logit: float) -> SampledToken:
 def _with_logprobs(token_id: int, logits: torch.Tensor, num_top: int) -> SampledToken:
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(min(num_top, logprobs.shape[-1]))
-    return SampledToken(token_id, logprobs[token_id].item(), tuple(_rows(top.indices, top.values)))
+    return SampledToken(token_id, logprobs[token_id].item(), possible(_rows(top.indices, top.values)))
+
+
+def possible(logprobs: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Token ids and log-probabilities, without those that a grammar does not allow."""
+    return tuple((token_id, logprob) for token_id, logprob in logprobs if logprob > -math.inf)

@@ -1,23 +1,29 @@
 """Which tokens of which sequences the next step computes.
 
 In-flight batching: sequences join and leave between steps. A step first gives every decoding
-sequence its token, then fills what is left of the token budget with chunks of prompts, in the
-order of arrival, and admits waiting sequences as long as there are blocks.
+sequence its token, then fills what is left of the token budget with chunks of prompts, and
+admits waiting sequences as long as there are blocks. Sequences run and wait in their order:
+by priority, those of equal priority by arrival.
 
-The invariant: every running sequence arrived before every waiting one. So nothing is
-overtaken; and as preemption always takes the latest arrival, the earliest sequence always
-advances: nobody starves. A preempted sequence gives up its blocks and computes them again
-later (preemption by recompute, arXiv 2309.06180, section 4.5).
+The invariant: of one priority, every running sequence arrived before every waiting one. So
+within a priority nothing is overtaken; and as admission always takes the first sequence and
+preemption the last one, the first always advances: only a steady stream of more important
+requests can starve another. What runs is never stopped for something more important that
+waits, only for room that something more important needs to go on. A preempted sequence gives
+up its blocks and computes them again later (preemption by recompute, arXiv 2309.06180,
+section 4.5).
 
 A step may be scheduled while the one before it still runs: a token that is being drawn counts
 as there, and a sequence that then turns out to have ended is passed over when its superfluous
 step is committed. Its blocks may have new owners by then: they are written to by later steps
-only, and steps run in order.
+only, and steps run in order. A sequence with a grammar is not scheduled before its last token is
+known, because that decides which token may come next.
 
 Not here: the tensors of the step (`model_runner`) and the choice of the token (`sampler`).
 """
 
-from collections import deque
+import time
+from bisect import insort
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -66,9 +72,12 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
         self.num_prefix_hit_tokens = 0
         self._config = config
         self._blocks = block_manager
@@ -79,8 +88,10 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequences: Items[Sequence]) -> None:
-        """Queues sequences; they must be handed over in the order of arrival."""
-        self.waiting.extend(sequences)
+        """Queues the sequences of one request."""
+        self.num_prompt_tokens += sequences[0].num_prompt_tokens
+        for sequence in sequences:
+            insort(self.waiting, sequence, key=_order)
 
     def abort(self, request_id: str) -> tuple[Sequence, ...]:
         """Removes a request's sequences and frees their blocks; returns them."""
@@ -90,7 +101,7 @@ class Scheduler:
                 self._give_back(sequence)
                 sequence.is_finished = True
             self.running = [each for each in self.running if not each.is_finished]
-            self.waiting = deque(each for each in self.waiting if not each.is_finished)
+            self.waiting = [each for each in self.waiting if not each.is_finished]
         return aborted
 
     def schedule(self) -> Schedule:
@@ -98,11 +109,14 @@ class Scheduler:
 
         Its tokens count as computed from now on: the step must run, before any later one.
         """
+        if self._should_wait_for_masks():
+            return Schedule(())
         chunks: list[ScheduledChunk] = []
         too_long: list[Sequence] = []
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
-            if sequence.num_uncomputed_tokens == 1 and not sequence.is_complete and self._grow(sequence, too_long):
+            is_due = sequence.num_uncomputed_tokens == 1 and not sequence.is_complete and not sequence.awaits_mask
+            if is_due and self._grow(sequence, too_long):
                 chunks.append(self._chunk(sequence, 1))
         budget = self._config.max_num_batched_tokens - len(chunks)
         for sequence in self.running:
@@ -110,9 +124,12 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
         if self.num_preemptions == num_preemptions:
-            while self.waiting and budget > 0 and self._admit():
-                chunks.append(self._chunk(self.running[-1], budget))
+            while self.waiting and budget > 0 and self._admit(self.waiting[0]):
+                sequence = self.waiting.pop(0)
+                insort(self.running, sequence, key=_order)
+                chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
+        self.num_steps += bool(chunks)
         return Schedule(chunks, too_long)
 
     def commit(self, schedule: Schedule, sampled: Items[SampledToken], time_s: float) -> list[TokenEvent]:
@@ -132,23 +149,28 @@ class Scheduler:
             token = next(tokens)
             if sequence.is_finished:
                 continue
-            sequence.token_ids.append(token.token_id)
-            sequence.num_pending_tokens -= 1
-            reason = "error" if token.error else _finish_reason(sequence)
+            error = _append(sequence, token)
+            self.num_generated_tokens += error is None
+            reason = "error" if error else _finish_reason(sequence)
+            matcher = sequence.matcher
+            has_own_end = reason in (None, "length") and matcher is not None and matcher.is_complete
             events.append(
                 TokenEvent(
                     request_id=sequence.request.request_id,
-                    token_id=None if token.error else token.token_id,
+                    token_id=None if error else token.token_id,
                     time_s=time_s,
                     index=sequence.index,
-                    finish_reason=reason,
+                    finish_reason=None if has_own_end else reason,
                     logprob=token.logprob,
                     top_logprobs=token.top_logprobs,
-                    error=token.error,
+                    error=error,
+                    started_s=sequence.started_s if sequence.num_output_tokens == 1 else None,
                 )
             )
+            if has_own_end:  # the token is text, which that of an event with "stop" is not
+                events.append(TokenEvent(sequence.request.request_id, None, time_s, sequence.index, "stop"))
             self._record_blocks(sequence)
-            if reason is not None:
+            if reason is not None or has_own_end:
                 self._end(sequence)
         return events
 
@@ -161,21 +183,33 @@ class Scheduler:
         return failed
 
     def check_integrity(self) -> None:
-        """Fails if a block has leaked or was freed while held, or if a sequence was overtaken."""
+        """Fails if a block has leaked or was freed while held, or if a sequence was overtaken by its equal."""
         sequences = (*self.running, *self.waiting)
         self._blocks.check_integrity(sequence.table for sequence in sequences)
-        arrivals = [sequence.arrival for sequence in sequences]
-        assert arrivals == sorted(set(arrivals)), f"not in the order of arrival: {arrivals}"
+        assert self.running == sorted(self.running, key=_order), f"{[_order(each) for each in self.running]}"
+        assert self.waiting == sorted(self.waiting, key=_order), f"{[_order(each) for each in self.waiting]}"
+        for priority in {each.request.priority for each in sequences}:
+            arrivals = [each.arrival for each in sequences if each.request.priority == priority]
+            assert arrivals == sorted(set(arrivals)), f"priority {priority}: not in the order of arrival: {arrivals}"
         assert len(self.running) <= self._config.max_num_seqs
         assert all(not each.table.block_ids and each.num_computed_tokens == 0 for each in self.waiting)
         slots = [each.slot for each in self.running if each.slot is not None]
         assert sorted(self._free_slots + slots) == list(range(self._config.max_num_seqs)), f"slots {slots}"
         assert all(each.slot is None for each in self.waiting)
 
+    def _should_wait_for_masks(self) -> bool:
+        """Whether to wait for the step that runs, so that those with a grammar go on together.
+
+        Scheduled beside it, sequences with a grammar would take turns, each in every other step. Where they
+        are few, that is better than to let the device wait for all.
+        """
+        with_grammar = [each for each in self.running if each.matcher is not None]
+        return 2 * len(with_grammar) >= len(self.running) and any(each.awaits_mask for each in with_grammar)
+
     def _grow(self, sequence: Sequence, too_long: list[Sequence]) -> bool:
         """Makes room for a running sequence's tokens; False if it had to leave.
 
-        Takes the blocks of later arrivals if no other is free.
+        Takes the blocks of the last in order if no other is free.
         """
         while sequence.slot is not None:
             try:
@@ -192,7 +226,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._give_back(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_order)
         self.num_preemptions += 1
 
     def _end(self, sequence: Sequence) -> None:
@@ -210,9 +244,8 @@ class Scheduler:
         sequence.num_computed_tokens = sequence.num_recorded_blocks = 0
         sequence.is_decoding = False
 
-    def _admit(self) -> bool:
-        """Moves the first waiting sequence to the running ones, with blocks for all its tokens, if it may."""
-        sequence = self.waiting[0]
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a slot and blocks for all its tokens; False if it has to wait."""
         if len(self.running) == self._config.max_num_seqs or self._prompt_is_being_computed(sequence):
             return False
         num_shared_tokens = self._share_prefix(sequence)
@@ -224,8 +257,9 @@ class Scheduler:
         self._blocks.grow(sequence.table, len(sequence.token_ids), sequence.max_total_tokens)
         sequence.num_computed_tokens = num_shared_tokens
         sequence.slot = self._free_slots.pop()
+        if sequence.started_s is None:
+            sequence.started_s = time.perf_counter()
         self.num_prefix_hit_tokens += num_shared_tokens
-        self.running.append(self.waiting.popleft())
         return True
 
     def _prompt_is_being_computed(self, sequence: Sequence) -> bool:
@@ -275,6 +309,21 @@ class Scheduler:
         for index in range(sequence.num_recorded_blocks, num_full):
             self._blocks.record(sequence.table.block_ids[index], sequence.cached_block(index, block_size))
         sequence.num_recorded_blocks = max(sequence.num_recorded_blocks, num_full)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.arrival
+
+
+def _append(sequence: Sequence, token: SampledToken) -> str | None:
+    """Adds a drawn token; returns why the sequence cannot go on, None if it can."""
+    sequence.token_ids.append(token.token_id)
+    sequence.num_pending_tokens -= 1
+    if sequence.matcher is None:
+        return token.error
+    if token.error is None:
+        sequence.matcher.accept(token.token_id)
+    return sequence.matcher.error or token.error
 
 
 def _finish_reason(sequence: Sequence) -> FinishReason | None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hasten.engine.block_manager import BlockTable, CachedBlock, chain_digest
+from hasten.engine.grammar import CompiledGrammar, Matcher
 from hasten.request import Request, SamplingParams
 
 _STEP = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
@@ -35,10 +36,12 @@ class Sequence:
         max_total_tokens: it ends with "length" when token_ids is this long.
         num_pending_tokens: how many steps run that each draw a token of it.
         num_recorded_blocks: its full blocks that the block manager knows by content.
+        started_s: `time.perf_counter()` when it was scheduled for the first time.
         slot: its number among the running sequences, below max_num_seqs, while it runs.
         is_decoding: whether the token to compute next is the one that its last step drew.
         known_blocks: the hash chain of its full blocks, as far as it was needed.
         random_seed: 64 bits that give its random numbers; None for a greedy sequence.
+        matcher: where its output, as far as it is known, is in the request's grammar; None without one.
     """
 
     request: Request
@@ -48,9 +51,11 @@ class Sequence:
     max_total_tokens: int
     stop_token_ids: frozenset[int]
     random_seed: int | None
+    matcher: Matcher | None = None
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_recorded_blocks: int = 0
+    started_s: float | None = None
     slot: int | None = None
     is_decoding: bool = False
     is_finished: bool = False
@@ -83,6 +88,11 @@ class Sequence:
         """Whether its last token is known or being drawn."""
         return self.num_tokens >= self.max_total_tokens
 
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether its next step cannot be launched yet: what may follow depends on a token that is being drawn."""
+        return self.matcher is not None and self.num_pending_tokens > 0 and not self.is_complete
+
     def cached_block(self, index: int, block_size: int) -> CachedBlock:
         """What its full block number `index` holds."""
         while len(self.known_blocks) <= index:
@@ -94,9 +104,17 @@ class Sequence:
 
 
 def make_sequences(
-    request: Request, first_arrival: int, eos_token_ids: Iterable[int], max_model_tokens: int
+    request: Request,
+    first_arrival: int,
+    eos_token_ids: Iterable[int],
+    max_model_tokens: int,
+    grammar: CompiledGrammar | None = None,
 ) -> tuple[Sequence, ...]:
-    """The request's `n` sequences, each with a random state of its own."""
+    """The request's `n` sequences, each with a random state and a matcher of its own.
+
+    Args:
+        grammar: the request's, if it has one.
+    """
     sampling = request.sampling
     stop_token_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
@@ -110,6 +128,7 @@ def make_sequences(
             max_total_tokens=min(len(request.prompt_token_ids) + sampling.max_tokens, max_model_tokens),
             stop_token_ids=stop_token_ids,
             random_seed=None if sampling.is_greedy else _random_seed(sampling.seed, index),
+            matcher=None if grammar is None else grammar.matcher(ignore_eos=sampling.ignore_eos),
         )
         for index in range(sampling.n)
     )

@@ -69,10 +69,14 @@ class EvaluationSet:
         return len(self.windows[0]) - self.num_unscored
 
 
-def held_out_text(model: Path) -> HeldOutText:
-    """Raises ModelError if the model's held-out text is not UTF-8."""
-    path = model / FILE_NAME
-    if path.is_file():
+def held_out_text(model: Path | None) -> HeldOutText:
+    """The text of a model's folder; the help texts where there is none, or no folder.
+
+    Raises:
+        ModelError: the model's held-out text is not UTF-8.
+    """
+    path = None if model is None else model / FILE_NAME
+    if path is not None and path.is_file():
         try:
             return HeldOutText(path.read_text(encoding="utf-8"), f"{FILE_NAME} of the model")
         except UnicodeDecodeError as error:

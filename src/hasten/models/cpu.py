@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 
-from hasten.errors import UsageError
 from hasten.kernels.attention import CpuAttention
 from hasten.kernels.linear import Int8Linear, Linear, Scratch, dense_linear, quantized_linear
 from hasten.kernels.product import CpuProduct, Product
@@ -25,8 +24,6 @@ class Operators:
     """See `models.load.Operators`."""
 
     def __init__(self, config: DecoderConfig, reader: WeightReader, tuning: Mapping[str, str]) -> None:
-        if reader.scheme.is_fp8:
-            raise UsageError("scheme fp8 runs on NVIDIA GPUs of compute capability 8.9 or newer: use w8a16 on a CPU")
         self._config, self._reader = config, reader
         self._scratch = Scratch()
         self._head: Linear | None = None

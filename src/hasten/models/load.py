@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from hasten.artifact import inspect
-from hasten.config import nearest, scheme_named
+from hasten.config import Scheme, nearest, scheme_named
 from hasten.errors import UsageError
 from hasten.kernels.product import Product
 from hasten.models.config import DecoderConfig
@@ -63,6 +63,8 @@ def load_decoder(
     """
     if device not in DEVICES:
         raise UsageError(f"the native engine has no device {device!r}: {nearest(device, DEVICES)}")
+    if device == "cpu":
+        check_cpu_scheme(scheme_named(scheme))
     model = inspect(path)
     config = DecoderConfig.from_hf(model.config)
     reader = WeightReader(model, config, scheme_named(scheme), device, on_read)
@@ -82,6 +84,12 @@ def load_decoder(
             )
     finally:
         reader.close()
+
+
+def check_cpu_scheme(scheme: Scheme) -> None:
+    """Raises UsageError where a CPU cannot run the scheme."""
+    if scheme.is_fp8:
+        raise UsageError("scheme fp8 runs on NVIDIA GPUs of compute capability 8.9 or newer: use w8a16 on a CPU")
 
 
 def _load_layer(operators: Operators, prefix: str) -> DecoderLayer:

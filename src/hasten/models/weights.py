@@ -112,7 +112,7 @@ class WeightReader:
     """Reads a model's modules in one precision, onto one device.
 
     Args:
-        on_read: called after each tensor.
+        on_read: called after each tensor, and last when all are read.
 
     Raises (when constructed):
         WeightsError: a tensor is missing, has another shape than the config wants, or another kind.
@@ -139,8 +139,8 @@ class WeightReader:
         _check_shapes(model, expected)
         _check_unexpected(model, expected, self.linears, config)
         self._on_read = on_read
-        self._num_read = 0
-        self._num_bytes = sum(model.tensors[name].num_bytes for name in expected)
+        self._unread = {name: model.tensors[name].num_bytes for name in expected if not name.endswith(".weight_shape")}
+        self._num_read, self._num_bytes = 0, sum(self._unread.values())
         self._stager: FileStager | None = None
 
     @property
@@ -265,8 +265,8 @@ class WeightReader:
             self._count(name)
 
     def _count(self, name: str) -> None:
-        if self._on_read is not None:
-            self._num_read = min(self._num_read + self.model.tensors[name].num_bytes, self._num_bytes)
+        if self._on_read is not None and name in self._unread:  # a tied embedding may be read twice
+            self._num_read += self._unread.pop(name)
             self._on_read(self._num_read, self._num_bytes)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:

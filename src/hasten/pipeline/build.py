@@ -4,8 +4,8 @@ The memory plan comes first and is only arithmetic; a profile that cannot fit is
 any weight is read.
 """
 
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hasten.artifact import ModelRef, inspect
@@ -18,7 +18,7 @@ from hasten.hub import resolve_model
 from hasten.models.config import DecoderConfig
 from hasten.models.weights import check_weights
 from hasten.pipeline.config import BuildConfig
-from hasten.pipeline.progress import OnProgress, Progress, silent
+from hasten.pipeline.progress import OnProgress, Schedule, silent
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,13 @@ def carry_out(plan: BuildPlan, on_progress: OnProgress = silent) -> Path:
     Raises:
         ResourceError: too little disk.
     """
-    start_s = time.perf_counter()
-
-    def on_read(num_read: int, num_bytes: int) -> None:
-        share = num_read / num_bytes
-        left_s = (time.perf_counter() - start_s) * (1 / share - 1)
-        on_progress(Progress("build", f"{num_read / 1e6:,.0f} of {num_bytes / 1e6:,.0f} MB read", share, left_s))
-
-    def on_tune(num_done: int, num_shapes: int) -> None:
-        on_progress(Progress("tune", f"{num_done} of {num_shapes} kernel shapes", num_done / num_shapes, 0.0))
-
-    return build(
-        plan.model.path,
-        plan.scheme.name,
-        plan.output,
-        profile=plan.memory.profile,
-        device=plan.device,
-        on_read=on_read,
-        on_tune=on_tune,
-    )
+    with Schedule(on_progress).loading(plan.output.name, "build") as on_loading:
+        return build(
+            plan.model.path,
+            plan.scheme.name,
+            plan.output,
+            profile=plan.memory.profile,
+            device=plan.device,
+            on_read=partial(on_loading, "read"),
+            on_tune=partial(on_loading, "tune"),
+        )

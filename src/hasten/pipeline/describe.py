@@ -31,20 +31,25 @@ def blank_result(
     """
     return BenchResult(
         candidate=candidate,
-        model=ModelInfo(
-            name=model.name,
-            revision=model.revision,
-            architecture=model.architecture,
-            num_parameters=model.num_parameters,
-            linear_parameters=model.linear_parameters,
-            max_context_tokens=model.max_context_tokens,
-            vocab_size=model.vocab_size,
-        ),
+        model=model_info(model),
         environment=describe_environment(hardware, candidate.runtime),
         config=bench,
         command=shlex.join(["hasten", *arguments]),
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         hasten_version=metadata.version("hasten"),
+    )
+
+
+def model_info(model: ModelRef) -> ModelInfo:
+    """A model folder's facts, as results have them."""
+    return ModelInfo(
+        name=model.name,
+        revision=model.revision,
+        architecture=model.architecture,
+        num_parameters=model.num_parameters,
+        linear_parameters=model.linear_parameters,
+        max_context_tokens=model.max_context_tokens,
+        vocab_size=model.vocab_size,
     )
 
 

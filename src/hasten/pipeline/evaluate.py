@@ -13,10 +13,10 @@ from hasten.pipeline.config import EvalConfig
 from hasten.pipeline.device import resolve_device
 from hasten.pipeline.measuring import launch, make_yardstick
 from hasten.pipeline.plan import BASELINE_RUNTIME
-from hasten.pipeline.progress import OnProgress, Schedule, silent
+from hasten.pipeline.progress import LOAD_S, OnProgress, Schedule, silent
 from hasten.pipeline.target import Target, prepared
 
-STAGE_S = 20.0
+QUALITY_S = 15.0
 ONE_REQUEST = {"prompt_tokens": 1, "new_tokens": 1, "concurrency": (1,), "num_runs": 0, "num_warmup": 0, "seed": 0}
 
 
@@ -35,16 +35,21 @@ def evaluate_model(config: EvalConfig, on_progress: OnProgress = silent) -> tupl
     candidate = Candidate(config.runtime, config.scheme)
     schedule = Schedule(on_progress)
     for name in (baseline.name, candidate.name):
-        schedule.expect(name, STAGE_S)
+        schedule.expect(f"load {name}", LOAD_S)
+        schedule.expect(name, QUALITY_S)
     with tempfile.TemporaryDirectory(prefix="hasten-eval-") as folder:
         scratch = Path(folder)
-        schedule.show("quality", baseline.name)
-        with launch(baseline, model.path, bench, max_context_tokens) as process:
+        with (
+            launch(baseline, model.path, bench, max_context_tokens, schedule) as process,
+            schedule.step("quality", f"{baseline.name}, held-out text", baseline.name),
+        ):
             baseline_quality, reference = evaluate_baseline(process, material, scratch / "baseline")
-        schedule.expect(baseline.name, 0.0)
-        schedule.show("quality", candidate.name)
         source = Target(candidate, model.path, model.path, is_converted=False)
+        schedule.show("prepare", f"{candidate.name}, converting the model")
         artifact = prepared(source, scratch / "candidate")
-        with launch(candidate, artifact, bench, max_context_tokens) as process:
+        with (
+            launch(candidate, artifact, bench, max_context_tokens, schedule) as process,
+            schedule.step("quality", f"{candidate.name}, held-out text", candidate.name),
+        ):
             quality = evaluate(process, material, reference)
     return baseline_quality, quality

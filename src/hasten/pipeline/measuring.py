@@ -10,6 +10,7 @@ from hasten.errors import RequestError
 from hasten.evaluate.held_out import EvaluationSet, held_out_text, sample_windows
 from hasten.hardware import count_cpus
 from hasten.pipeline.config import BenchOptions
+from hasten.pipeline.progress import Schedule
 from hasten.runtimes.base import RuntimeConfig
 from hasten.runtimes.process import RuntimeProcess
 from hasten.runtimes.text import load_tokenizer
@@ -51,7 +52,12 @@ def model_tokens(bench: BenchConfig, max_context_tokens: int) -> int:
 
 
 def launch(
-    candidate: Candidate, artifact: Path, bench: BenchConfig, max_context_tokens: int, log_path: Path | None = None
+    candidate: Candidate,
+    artifact: Path,
+    bench: BenchConfig,
+    max_context_tokens: int,
+    schedule: Schedule,
+    log_path: Path | None = None,
 ) -> RuntimeProcess:
     """Loads a candidate in a process of its own.
 
@@ -68,7 +74,8 @@ def launch(
         num_threads=bench.num_threads,
         device=bench.device,
     )
-    return RuntimeProcess(candidate.runtime, config, log_path)
+    with schedule.loading(candidate.name) as on_loading:
+        return RuntimeProcess(candidate.runtime, config, log_path, on_loading)
 
 
 def check_length(options: BenchOptions, max_context_tokens: int) -> None:

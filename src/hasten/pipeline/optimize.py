@@ -32,7 +32,7 @@ from hasten.pipeline.device import probe_for, resolve_device
 from hasten.pipeline.doctor import Check, check_conditions
 from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
 from hasten.pipeline.plan import BASELINE_RUNTIME, Plan, PlannedCandidate, check_resources, default_output, make_plan
-from hasten.pipeline.progress import OnProgress, Schedule, silent
+from hasten.pipeline.progress import LOAD_S, OnProgress, Schedule, silent
 from hasten.pipeline.run_folder import RunFolder, open_run_folder, read_winner
 from hasten.profiling.decode import profile_decode
 from hasten.profiling.gpu_decode import profile_gpu_decode
@@ -42,7 +42,7 @@ from hasten.runtimes.process import RuntimeProcess
 from hasten.runtimes.registry import runtime_class
 
 # expected seconds of the steps whose length hardly depends on the model
-LOAD_S, QUALITY_S, PROFILE_S, REPORT_S = 5.0, 8.0, 3.0, 8.0
+QUALITY_S, PROFILE_S, REPORT_S = 8.0, 3.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -255,11 +255,10 @@ class _Optimization:
     def _load(self, name: str, processes: dict[str, RuntimeProcess], stack: ExitStack) -> None:
         prepared = self._prepared
         artifact, log_path = self._artifacts[name], self._run.log_path(name)
-        with self._schedule.step("load", f"{name}, starting its process", f"load {name}"):
-            candidate = self._planned[name].candidate
-            process = stack.enter_context(
-                launch(candidate, artifact, prepared.bench, prepared.max_context_tokens, log_path)
-            )
+        candidate = self._planned[name].candidate
+        process = stack.enter_context(
+            launch(candidate, artifact, prepared.bench, prepared.max_context_tokens, self._schedule, log_path)
+        )
         usage, earlier = process.usage(), self._results[name].footprint
         footprint = Footprint(
             disk_bytes=folder_bytes(artifact),

@@ -101,6 +101,7 @@ class _Job:
     decoder: DecoderConfig
     prompt_token_ids: tuple[int, ...]
     folder: Path
+    schedule: Schedule
 
 
 def profile_model(config: ProfileConfig, on_progress: OnProgress = silent) -> ModelProfile:
@@ -124,7 +125,7 @@ def profile_model(config: ProfileConfig, on_progress: OnProgress = silent) -> Mo
     for target in targets:
         schedule.expect(target.candidate.name, RUNTIME_S + (NSYS_S if nsys else 0.0))
     schedule.show("profile", "measuring the memory")
-    job = _Job(config, device, probe_for(device), decoder, prompt, folder)
+    job = _Job(config, device, probe_for(device), decoder, prompt, folder, schedule)
     profiles: list[RuntimeProfile] = []
     for target in targets:
         name = target.candidate.name
@@ -206,7 +207,10 @@ def _profile(target: Target, job: _Job) -> RuntimeProfile:
             num_threads=config.threads or count_cpus(),
             device=job.device,
         )
-        with RuntimeProcess(target.candidate.runtime, runtime_config, log_path) as process:
+        with job.schedule.loading(name) as on_loading:
+            process = RuntimeProcess(target.candidate.runtime, runtime_config, log_path, on_loading)
+        with process:
+            job.schedule.show("profile", f"{name}, decode steps")
             found = (_profile_on_cpu if job.device == "cpu" else _profile_on_gpu)(process, target, job, room)
             weight_bytes = process.weight_bytes_per_token
     if weight_bytes is None:

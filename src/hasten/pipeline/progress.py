@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hasten.runtimes.base import LoadingPart, OnLoading
+
 
 @dataclass(frozen=True)
 class Progress:
     """A moment of a long command.
 
     Args:
-        stage: "prepare", "load", "quality", "speed", "profile" or "report".
+        stage: "build", "prepare", "load", "quality", "speed", "profile" or "report".
         detail: what is running now.
         done_share: 0 to 1 of the expected time.
     """
@@ -27,6 +29,9 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+LOAD_S = 5.0
+"""What loading a runtime should take."""
 
 
 def silent(progress: Progress) -> None:
@@ -52,6 +57,26 @@ class Schedule:
         self._on_progress(Progress(stage, detail, spent_s / max(spent_s + left_s, 1e-9), left_s))
 
     @contextmanager
+    def loading(self, name: str, stage: str = "load") -> Iterator[OnLoading]:
+        """Reports a step that tells how far it is: each part is expected to go on as fast as it has gone so far."""
+        kind = f"{stage} {name}"
+        self._left_s.setdefault(kind, LOAD_S)
+        began: tuple[LoadingPart, int, float] | None = None
+
+        def on_loading(part: LoadingPart, done: int, total: int) -> None:
+            nonlocal began
+            now_s = time.perf_counter()
+            if began is None or began[0] != part:
+                began = part, done, now_s
+            _, first, start_s = began
+            if done > first:
+                self.expect(kind, (now_s - start_s) * (total - done) / (done - first))
+            self.show(stage, f"{name}, {_told(part, done, total)}")
+
+        with self.step(stage, f"{name}, starting", kind):
+            yield on_loading
+
+    @contextmanager
     def step(self, stage: str, detail: str, kind: str | None = None) -> Iterator[None]:
         """Reports a step and takes it off the schedule when it ends, however it ends."""
         self.show(stage, detail)
@@ -59,3 +84,10 @@ class Schedule:
             yield
         finally:
             self.expect(kind or stage, 0.0)
+
+
+def _told(part: LoadingPart, done: int, total: int) -> str:
+    if part == "read":
+        return f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB read"
+    what = {"tune": "kernel shapes tuned", "capture": "steps captured"}[part]
+    return f"{done} of {total} {what}"

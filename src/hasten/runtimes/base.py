@@ -1,19 +1,28 @@
-"""What a runtime is: load, generate, score, close.
+"""What a runtime is: load, generate, score, close; and one that serves: submit, step.
 
 A runtime executes one model in one precision. An adapter is one file that nothing imports by
 name: `registry` finds it by string, and only the adapter imports its library. It is driven
 through `process.RuntimeProcess`, so each runtime has a process, and its memory, of its own.
 """
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
+from hasten.errors import RequestError
 from hasten.request import Request, TokenEvent
+from hasten.runtimes.continuation import error_events
+
+LoadingPart = Literal["tune", "read", "capture"]
+"""Parts of loading, in their order: shapes of kernels tuned, bytes of weights read, steps captured."""
+
+OnLoading = Callable[[LoadingPart, int, int], object]
+"""Told how much of a part is done, of how much; a part that began ends at its total."""
 
 # how a recorded trace names the range of a module's call, before the module's own name
 MODULE_PREFIX = "module "
@@ -26,8 +35,8 @@ class Capabilities:
     Args:
         schemes: the precisions that it runs.
         samples: whether it draws tokens (temperature above 0) and applies penalties.
-        in_flight: whether new requests join while others run; if not, requests that are
-            handed over together run as one padded batch.
+        in_flight: whether requests of one call that wait join while others run; if not,
+            requests that are handed over together run as one padded batch.
         cancels: whether `cancel` ends a running request early.
         loads_source: whether it loads a Hugging Face folder as it is; if not, `prepare` first.
         devices: where it computes, "cpu" and "cuda".
@@ -71,10 +80,60 @@ class RuntimeConfig:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What is loaded, and its limits.
+
+    Args:
+        model: the folder's name, or the id of a model from the hub's cache.
+        max_model_tokens: most tokens, prompt and output together, of one request.
+        max_num_seqs: most sequences that run at the same time; the others wait.
+        num_kv_blocks: of the KV cache; 0 for a runtime without blocks.
+        block_size: tokens of one block.
+        eos_token_ids: the tokens that end a sequence, in ascending order.
+    """
+
+    model: str
+    runtime: str
+    scheme: str
+    device: str
+    vocab_size: int
+    max_model_tokens: int
+    max_num_seqs: int
+    num_kv_blocks: int
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds now, and what it has done since it was loaded.
+
+    Args:
+        num_running, num_waiting: sequences.
+        num_used_kv_blocks: held by running sequences; blocks that only keep a known prefix are free.
+        num_prompt_tokens: of all accepted requests.
+        num_prefix_hit_tokens: not computed, because the cache had them; also those that a preempted
+            sequence or a further continuation of a request found.
+        num_generated_tokens: of all continuations.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_kv_blocks: int = 0
+    num_kv_blocks: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+
+
 class Runtime(ABC):
     """One loaded model. Not safe for use from several threads.
 
-    The constructor loads, and raises ModelError for a model that it cannot run.
+    The constructor loads, and raises ModelError for a model that it cannot run. Where the library tells how
+    far it is, the constructor tells `on_loading`.
 
     Attributes:
         weight_bytes_per_token: weights that one decode step at batch 1 reads, as stored; None
@@ -85,7 +144,7 @@ class Runtime(ABC):
     capabilities: ClassVar[Capabilities]
     weight_bytes_per_token: int | None = None
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loading: OnLoading | None = None) -> None:
         self.config = config
 
     @classmethod
@@ -147,3 +206,56 @@ class Runtime(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Frees what the runtime holds. The object must not be used afterwards."""
+
+
+class InFlightRuntime(Runtime):
+    """A runtime that takes and ends requests between its steps, so that it can serve."""
+
+    facts: EngineFacts
+
+    @property
+    @abstractmethod
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to report."""
+
+    def expect_grammars(self) -> None:
+        """Does now what the first request with a grammar would make all others wait for."""
+
+    @abstractmethod
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: it can never run, or one with its id runs.
+        """
+
+    @abstractmethod
+    def step(self) -> list[TokenEvent]:
+        """Computes a step; returns tokens that are known now, and what has ended.
+
+        If it raises, the requests of the step that failed have ended: the next step returns their
+        "error" events, and the other requests can go on.
+        """
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The figures as of now; cheap enough for every step."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        accepted: list[Request] = []
+        refused: list[tuple[Request, str]] = []
+        try:
+            for request in requests:
+                try:
+                    self.submit(request)
+                    accepted.append(request)
+                except RequestError as error:
+                    refused.append((request, str(error)))
+            yield from error_events(refused, time.perf_counter())
+            while self.has_unfinished:
+                yield from self.step()
+        finally:  # the caller may have stopped listening
+            for request in accepted:
+                self.cancel(request.request_id)
+            while self.has_unfinished:
+                self.step()  # takes what nobody will hear

@@ -24,7 +24,7 @@ import torch
 from hasten.errors import ModelError, ResourceError, RuntimeFailedError, UnsupportedModelError
 from hasten.extras import require
 from hasten.request import Request, TokenEvent
-from hasten.runtimes.base import Capabilities, Runtime, RuntimeConfig
+from hasten.runtimes.base import Capabilities, OnLoading, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import Continuation, ModelLimits, admit, eos_token_ids, error_events
 from hasten.runtimes.gguf_file import matrix_types, source_dtype, weight_bytes, write_gguf
 
@@ -83,7 +83,7 @@ class LlamaCppRuntime(Runtime):
             shutil.rmtree(partial, ignore_errors=True)
         return out
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loading: OnLoading | None = None) -> None:
         super().__init__(config)
         path = config.model / FILE_NAME
         if not path.is_file():

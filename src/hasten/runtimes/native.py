@@ -4,8 +4,8 @@ All work is the engine's; here requests are handed to it, refused ones become er
 and its memory is planned from what is free once the weights are loaded.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,17 +20,27 @@ from hasten.engine.config import EngineConfig, resolve
 from hasten.engine.device import check_scheme, find_device
 from hasten.engine.engine import Engine
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
+from hasten.engine.grammar import GrammarCompiler, read_tokenizer
 from hasten.engine.model_runner import Runner
 from hasten.engine.runners import make_runner
 from hasten.engine.tune import tune_on_gpu
-from hasten.errors import RequestError, ResourceError
+from hasten.errors import ResourceError
 from hasten.kernels.kv_cache import allocate_kv_cache
 from hasten.models.config import DecoderConfig
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
 from hasten.request import Request, TokenEvent
-from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
-from hasten.runtimes.continuation import eos_token_ids, error_events
+from hasten.runtimes.base import (
+    Capabilities,
+    EngineFacts,
+    EngineStats,
+    InFlightRuntime,
+    LoadingPart,
+    OnLoading,
+    OperatorSample,
+    RuntimeConfig,
+)
+from hasten.runtimes.continuation import eos_token_ids
 from hasten.runtimes.torch_profile import peak_device_bytes, record_trace, sample_operators
 
 # Logits of this many positions are in memory at a time while scoring.
@@ -46,7 +56,7 @@ CPU_CACHE_SHARE = 0.5
 GPU_CACHE_SHARE = 0.85
 
 
-class NativeRuntime(Runtime):
+class NativeRuntime(InFlightRuntime):
     """The native engine with one model in one scheme."""
 
     name: ClassVar[str] = "native"
@@ -59,27 +69,29 @@ class NativeRuntime(Runtime):
         devices=("cpu", "cuda"),
     )
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loading: OnLoading | None = None) -> None:
         super().__init__(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = find_device(config.device)
         check_scheme(device, scheme_named(config.scheme))
         try:
-            self._load(config)
+            self._load(config, on_loading or _tell_nobody)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"the memory of {device.name}, {gib(device.free_bytes)} free, ran out while the model was loaded: use "
                 "w8a16 or fp8, lower max_num_seqs or max_model_tokens, or end what else uses the device"
             ) from error
 
-    def _load(self, config: RuntimeConfig) -> None:
+    def _load(self, config: RuntimeConfig, on_loading: OnLoading) -> None:
         batched_tokens = GPU_BATCHED_TOKENS if config.device == "cuda" else CPU_BATCHED_TOKENS
         if is_engine_folder(config.model):
             manifest = read_engine_manifest(config.model)  # refuses a damaged folder before its weights are read
             if config.device == "cuda":
                 batched_tokens = manifest.profile.max_num_batched_tokens
-        decoder = load_decoder(config.model, config.scheme, config.device, tuning=_tuning(config))
+        tuning = _tuning(config, on_loading)
+        on_read = partial(on_loading, "read")
+        decoder = load_decoder(config.model, config.scheme, config.device, tuning=tuning, on_read=on_read)
         self.weight_bytes_per_token = decoder.weight_bytes_per_token
         shape = decoder.config
         self._vocab_size = shape.vocab_size
@@ -93,11 +105,26 @@ class NativeRuntime(Runtime):
         )
         share = GPU_CACHE_SHARE if on_gpu else CPU_CACHE_SHARE
         limits = resolve(limits, shape.max_context_tokens, token_bytes, find_device(config.device).free_bytes, share)
+        eos = eos_token_ids(config.model)
+        self._grammars = GrammarCompiler(partial(read_tokenizer, config.model), shape.vocab_size, eos)
         self._engine = Engine(
-            _runner(decoder, limits),
+            _runner(decoder, limits, on_loading),
             limits,
             vocab_size=shape.vocab_size,
-            eos_token_ids=eos_token_ids(config.model),
+            eos_token_ids=eos,
+            grammars=self._grammars,
+        )
+        self.facts = EngineFacts(
+            model=inspect(config.model).name,
+            runtime=self.name,
+            scheme=config.scheme,
+            device=config.device,
+            vocab_size=shape.vocab_size,
+            max_model_tokens=limits.max_model_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            num_kv_blocks=self._engine.block_manager.num_blocks,
+            block_size=limits.block_size,
+            eos_token_ids=tuple(sorted(eos)),
         )
 
     @classmethod
@@ -105,24 +132,32 @@ class NativeRuntime(Runtime):
         """Writes an engine folder: weights quantized and packed once instead of at every load."""
         return build(model, scheme, out, device=find_device(device))
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
-        accepted: list[Request] = []
-        refused: list[tuple[Request, str]] = []
-        try:
-            for request in requests:
-                try:
-                    self._engine.add_request(request)
-                    accepted.append(request)
-                except RequestError as error:
-                    refused.append((request, str(error)))
-            yield from error_events(refused, time.perf_counter())
-            while self._engine.has_unfinished:
-                yield from self._engine.step()
-        finally:  # the caller may have stopped listening
-            for request in accepted:
-                self._engine.abort(request.request_id)
-            while self._engine.has_unfinished:
-                self._engine.step()  # takes what nobody will hear
+    @property
+    def has_unfinished(self) -> bool:
+        return self._engine.has_unfinished
+
+    def expect_grammars(self) -> None:
+        self._grammars.prepare()
+
+    def submit(self, request: Request) -> None:
+        self._engine.add_request(request)
+
+    def step(self) -> list[TokenEvent]:
+        return self._engine.step()
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks = self._engine.scheduler, self._engine.block_manager
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_kv_blocks=blocks.num_blocks - blocks.num_free_blocks,
+            num_kv_blocks=blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            num_steps=scheduler.num_steps,
+        )
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         for sequence in token_ids:
@@ -151,17 +186,25 @@ class NativeRuntime(Runtime):
     def cancel(self, request_id: str) -> None:
         self._engine.abort(request_id)
 
+    def close(self) -> None:
+        self._grammars.close()
 
-def _tuning(config: RuntimeConfig) -> Mapping[str, str]:
+
+def _tell_nobody(part: LoadingPart, done: int, total: int) -> None:
+    """For a caller that does not ask how far loading is."""
+
+
+def _tuning(config: RuntimeConfig, on_loading: OnLoading) -> Mapping[str, str]:
     """How kernels run on this GPU: from the engine folder or the user's cache, else measured now."""
     if config.device == "cpu":
         return {}
     shape = DecoderConfig.from_hf(inspect(config.model).config)
     folder = config.model if is_engine_folder(config.model) else None
-    return tune_on_gpu(shape, scheme_named(config.scheme), config.max_num_seqs, folder)
+    scheme = scheme_named(config.scheme)
+    return tune_on_gpu(shape, scheme, config.max_num_seqs, folder, on_shape=partial(on_loading, "tune"))
 
 
-def _runner(decoder: Decoder, limits: EngineConfig) -> Runner:
+def _runner(decoder: Decoder, limits: EngineConfig, on_loading: OnLoading) -> Runner:
     shape = decoder.config
     assert limits.num_blocks is not None, "resolve fills it in"
     kv_cache = allocate_kv_cache(
@@ -174,5 +217,5 @@ def _runner(decoder: Decoder, limits: EngineConfig) -> Runner:
         decoder.device,
     )
     runner = make_runner(decoder, kv_cache, limits)
-    runner.prepare()
+    runner.prepare(partial(on_loading, "capture"))
     return runner

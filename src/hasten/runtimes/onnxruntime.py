@@ -31,7 +31,7 @@ import numpy as np
 from hasten.errors import ModelError, UnsupportedModelError
 from hasten.extras import require
 from hasten.request import Request, TokenEvent
-from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
+from hasten.runtimes.base import Capabilities, OnLoading, OperatorSample, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import Continuation, ModelLimits, admit, eos_token_ids, error_events
 
 og: Any = require("onnxruntime_genai")
@@ -73,7 +73,7 @@ class OnnxRuntimeRuntime(Runtime):
             shutil.rmtree(partial, ignore_errors=True)
         return out
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loading: OnLoading | None = None) -> None:
         super().__init__(config)
         path = config.model / "genai_config.json"
         if not path.is_file():

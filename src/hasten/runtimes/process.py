@@ -22,11 +22,10 @@ from typing import BinaryIO, Self, cast
 
 import psutil
 
-from hasten import errors
-from hasten.errors import HastenError, RuntimeFailedError
+from hasten.errors import RuntimeFailedError
 from hasten.hardware import count_cpus
 from hasten.request import Request, TokenEvent
-from hasten.runtimes.base import OperatorSample, RuntimeConfig
+from hasten.runtimes.base import OnLoading, OperatorSample, RuntimeConfig
 from hasten.runtimes.protocol import (
     Cancel,
     Command,
@@ -35,6 +34,7 @@ from hasten.runtimes.protocol import (
     Generate,
     Load,
     Loaded,
+    Loading,
     MeasureMemory,
     MemoryMeasured,
     Record,
@@ -73,6 +73,7 @@ class RuntimeProcess:
 
     Args:
         log_path: gets what the worker prints; None keeps it only to explain a failure.
+        on_loading: told how far the runtime's loading is, a few times a second, where it can tell.
 
     Attributes:
         load_s: from nothing to ready, the start of Python and the imports included.
@@ -83,7 +84,13 @@ class RuntimeProcess:
         RuntimeFailedError: any other exception in the worker, or the worker died.
     """
 
-    def __init__(self, runtime: str, config: RuntimeConfig, log_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        runtime: str,
+        config: RuntimeConfig,
+        log_path: Path | None = None,
+        on_loading: OnLoading | None = None,
+    ) -> None:
         start_s = time.perf_counter()
         self.runtime = runtime
         self.config = replace(config, num_threads=config.num_threads or count_cpus())
@@ -95,7 +102,9 @@ class RuntimeProcess:
         self.weight_bytes_per_token: int | None = None
         try:
             for reply in self._call(Load(runtime, self.config)):
-                if isinstance(reply, Loaded):
+                if isinstance(reply, Loading) and on_loading is not None:
+                    on_loading(reply.part, reply.done, reply.total)
+                elif isinstance(reply, Loaded):
                     self.weight_bytes_per_token = reply.weight_bytes_per_token
         except BaseException:
             self.close()
@@ -217,7 +226,7 @@ class RuntimeProcess:
             if isinstance(reply, Done | Failed):
                 self._is_busy = False
                 if isinstance(reply, Failed):
-                    self._raise(reply)
+                    raise reply.exception(self.runtime, self._log_hint())
                 return
             yield reply
 
@@ -228,22 +237,15 @@ class RuntimeProcess:
         except (BrokenPipeError, ValueError) as error:  # ValueError: closed on this side
             raise RuntimeFailedError(self._obituary()) from error
 
-    def _raise(self, failure: Failed) -> None:
-        if failure.error is not None:
-            cls: type[HastenError] = getattr(errors, failure.error)
-            raise cls(failure.message)
-        raise RuntimeFailedError(f"the {self.runtime} runtime failed: {failure.message}{self._log_hint()}")
-
     def _obituary(self) -> str:
         """How the worker died, in one sentence with the last line of its log."""
         try:
             code = self._process.wait(CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return f"the {self.runtime} runtime's process stopped answering{self._log_hint()}"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        memory = " (often too little memory)" if -code == signal.SIGKILL else ""
         last = self._last_log_line()
-        return f"the {self.runtime} runtime's process {how}{memory}{': ' + last if last else ''}{self._log_hint()}"
+        how = f"{how_it_ended(code)}{': ' + last if last else ''}"
+        return f"the {self.runtime} runtime's process {how}{self._log_hint()}"
 
     def _log_hint(self) -> str:
         return f" (log: {self.log_path})" if self.log_path is not None else ""
@@ -255,6 +257,14 @@ class RuntimeProcess:
         tail = os.pread(fd, 8192, max(0, os.fstat(fd).st_size - 8192))
         lines = tail.decode("utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def how_it_ended(code: int) -> str:
+    """A process's return code in words, negative for a signal."""
+    if code >= 0:
+        return f"ended with code {code}"
+    memory = " (often too little memory)" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{memory}"
 
 
 def worker_environment(num_threads: int) -> dict[str, str]:

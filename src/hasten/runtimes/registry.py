@@ -8,7 +8,7 @@ from importlib import import_module
 
 from hasten.config import nearest
 from hasten.errors import UsageError
-from hasten.runtimes.base import Runtime, RuntimeConfig
+from hasten.runtimes.base import OnLoading, Runtime, RuntimeConfig
 
 RUNTIMES = {
     "native": "hasten.runtimes.native:NativeRuntime",
@@ -55,10 +55,10 @@ def runtime_for(name: str, scheme: str) -> type[Runtime]:
     return found
 
 
-def load_runtime(name: str, config: RuntimeConfig) -> Runtime:
+def load_runtime(name: str, config: RuntimeConfig, on_loading: OnLoading | None = None) -> Runtime:
     """Loads a model in this process; `process.RuntimeProcess` does the same in its own.
 
     Raises:
         UsageError: as `runtime_for`.
     """
-    return runtime_for(name, config.scheme)(config)
+    return runtime_for(name, config.scheme)(config, on_loading)

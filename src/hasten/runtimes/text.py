@@ -16,6 +16,7 @@ from hasten.errors import RequestError, TokenizerError
 from hasten.request import Completion, FinishReason, Request, TokenEvent
 from hasten.runtimes.base import Runtime
 from hasten.runtimes.process import RuntimeProcess
+from hasten.runtimes.stop_strings import StopMatcher
 
 MAX_WINDOW_TOKENS = 16
 KEPT_WINDOW_TOKENS = 4
@@ -116,39 +117,6 @@ class Detokenizer:
     def _decode(self) -> str:
         text: str = self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
-
-
-class StopMatcher:
-    """Cuts text before the stop string that is complete first, however the text is split into pieces."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.is_stopped = False
-
-    def add(self, piece: str) -> str:
-        """The text that cannot be part of a stop string; nothing after one was found."""
-        if self.is_stopped:
-            return ""
-        text = self._held + piece
-        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
-            self.is_stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
-        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
-
-    def flush(self) -> str:
-        """What was held back and turned out not to be a stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class _Writer:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from hasten.config import scheme_named
 from hasten.errors import ModelError, UnsupportedModelError, WeightsError
 from hasten.request import Request, SamplingParams, TokenEvent
-from hasten.runtimes.base import Capabilities, OperatorSample, Runtime, RuntimeConfig
+from hasten.runtimes.base import Capabilities, OnLoading, OperatorSample, Runtime, RuntimeConfig
 from hasten.runtimes.continuation import Continuation, ModelLimits, admit, eos_token_ids, error_events
 from hasten.runtimes.module_ranges import GenerationPhases, modules_named
 from hasten.runtimes.torch_profile import peak_device_bytes, record_trace, sample_operators
@@ -48,7 +48,7 @@ class TransformersRuntime(Runtime):
         devices=("cpu", "cuda"),
     )
 
-    def __init__(self, config: RuntimeConfig) -> None:
+    def __init__(self, config: RuntimeConfig, on_loading: OnLoading | None = None) -> None:
         super().__init__(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)

@@ -27,10 +27,12 @@ from hasten.runtimes.protocol import (
     Generate,
     Load,
     Loaded,
+    LoadingReporter,
     MeasureMemory,
     MemoryMeasured,
     Record,
     Recorded,
+    Reply,
     Score,
     Scored,
     Token,
@@ -61,15 +63,13 @@ class Worker:
             self._is_busy = True
             try:
                 self._execute(command)
-                write_message(self._replies, Done())
+                self._reply(Done())
             except BrokenPipeError:
                 break  # the parent is gone
-            except HastenError as error:
-                write_message(self._replies, Failed(type(error).__name__, str(error)))
             except Exception as error:
-                traceback.print_exc()
-                lines = str(error).strip().splitlines() or [""]
-                write_message(self._replies, Failed(None, f"{type(error).__name__}: {lines[0]}"))
+                if not isinstance(error, HastenError):
+                    traceback.print_exc()
+                self._reply(Failed.of(error))
             self._is_busy = False
         if self._runtime is not None:
             self._runtime.close()
@@ -87,8 +87,8 @@ class Worker:
 
     def _execute(self, command: Command) -> None:
         if isinstance(command, Load):
-            self._runtime = load_runtime(command.runtime, command.config)
-            write_message(self._replies, Loaded(self._runtime.weight_bytes_per_token))
+            self._runtime = load_runtime(command.runtime, command.config, LoadingReporter(self._reply))
+            self._reply(Loaded(self._runtime.weight_bytes_per_token))
             return
         assert self._runtime is not None, "the parent loads first"
         if isinstance(command, Generate):
@@ -96,17 +96,20 @@ class Worker:
         elif isinstance(command, Score):
             self._score(self._runtime, command)
         elif isinstance(command, Trace):
-            write_message(self._replies, Traced(self._runtime.trace(command.requests)))
+            self._reply(Traced(self._runtime.trace(command.requests)))
         elif isinstance(command, Record):
             command.path.parent.mkdir(parents=True, exist_ok=True)
-            write_message(self._replies, Recorded(self._runtime.record(command.requests, command.path)))
+            self._reply(Recorded(self._runtime.record(command.requests, command.path)))
         elif isinstance(command, MeasureMemory):
-            write_message(self._replies, MemoryMeasured(self._runtime.peak_device_bytes(reset=command.reset)))
+            self._reply(MemoryMeasured(self._runtime.peak_device_bytes(reset=command.reset)))
+
+    def _reply(self, reply: Reply) -> None:
+        write_message(self._replies, reply)
 
     def _generate(self, runtime: Runtime, command: Generate) -> None:
         self._cancels.clear()  # what is left came too late for the call before
         for event in runtime.generate(command.requests):
-            write_message(self._replies, Token(event))
+            self._reply(Token(event))
             while self._cancels:
                 runtime.cancel(self._cancels.popleft())
 
@@ -115,7 +118,7 @@ class Worker:
         for index, logprobs in enumerate(runtime.score(command.token_ids)):
             path = Path(command.out_dir) / f"{index:05d}.npy"
             np.save(path, logprobs.astype(np.float32, copy=False))
-            write_message(self._replies, Scored(path))
+            self._reply(Scored(path))
 
 
 def main() -> None:

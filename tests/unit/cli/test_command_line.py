@@ -4,6 +4,7 @@ Runs `cli.main.run` in this process; what needs a terminal or a signal is in tes
 """
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hasten.cli import terminal
 from hasten.cli.main import run
 
 MODEL = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
@@ -50,6 +52,10 @@ def test_help_lists_every_verb_and_is_quick() -> None:
         (["generate", str(MODEL), "word " * 3000], 1, "2048"),
         (["generate", str(MODEL), "--file", "no-such-file"], 2, "cannot read the prompts"),
         (["generate", str(MODEL), "x", "--system", "y"], 2, "--system needs --chat"),
+        (["generate", str(MODEL), "x", "--regex", "a", "--json-schema", "{}"], 2, "exclude each other"),
+        (["generate", str(MODEL), "x", "--grammar", "no-such-file"], 2, "cannot read the grammar in no-such-file"),
+        (["generate", str(MODEL), "x", "--json-schema", "{"], 1, "the json_schema is not valid JSON"),
+        (["generate", str(MODEL), "x", "--regex", "("], 1, "the request's regex cannot be used: unclosed group"),
         (["eval", str(MODEL), "--scheme", "w2a16"], 2, "w"),
         (["profile", str(MODEL), "--steps", "1"], 2, "--steps must be at least 2"),
         (["profile", str(MODEL), "--runtimes", "nativ"], 2, "did you mean native?"),
@@ -101,6 +107,20 @@ def test_generate_is_deterministic_and_a_stop_string_ends_it(capsys: pytest.Capt
     assert stopped["finish_reason"] == "stop"
 
 
+def test_generate_keeps_to_a_schema_a_regex_and_a_grammar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def text(*options: str) -> str:
+        assert run(["generate", str(MODEL), "import os\n", "--temperature", "1", "--seed", "1", *options]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}')
+    grammar.write_text('start: "def " /[a-z]{2}/ "()"')
+    assert text("--json-schema", '{"enum": [17]}') == "17"
+    assert isinstance(json.loads(text("--json-schema", str(schema), "--max-tokens", "400"))["a"], bool)
+    assert re.fullmatch("[0-9]{3}-x", text("--regex", "[0-9]{3}-x"))
+    assert re.fullmatch(r"def [a-z]{2}\(\)", text("--grammar", str(grammar)))
+
+
 def test_generate_streams_the_text_that_it_returns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--max-tokens", "16", "--seed", "3", "--temperature", "0.8"]
     assert run(["generate", str(MODEL), "The file", *options]) == 0
@@ -111,6 +131,15 @@ def test_generate_streams_the_text_that_it_returns(capsys: pytest.CaptureFixture
     completions = json.loads(capsys.readouterr().out)
     assert len(completions) == 2
     assert streamed == completions[0]["text"] + "\n"
+
+
+def test_generate_shows_how_far_loading_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    assert run(["generate", str(MODEL), "import os", "--max-tokens", "1", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().err
+    steps = [(int(done), int(total)) for done, total in re.findall(r"load .* (\d+) of (\d+) MB read", shown)]
+    assert steps == sorted(steps)
+    assert steps[0][0] < steps[-1][0] == steps[-1][1]
 
 
 def test_a_chat_prompt_goes_through_the_template(capsys: pytest.CaptureFixture[str]) -> None:

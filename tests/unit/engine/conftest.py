@@ -13,6 +13,7 @@ import torch
 
 from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
+from hasten.engine.grammar import GrammarCompiler
 from hasten.engine.model_runner import Collect, Model, ModelRunner
 from hasten.engine.scheduler import Schedule
 from hasten.kernels.kv_cache import KVCache, allocate_kv_cache
@@ -78,13 +79,24 @@ class OverlappingRunner(ModelRunner):
 def make_engine() -> Callable[..., Engine]:
     """Makes an engine over a ContextModel from the fields of an EngineConfig."""
 
-    def make(eos_token_ids: Iterable[int] = (), overlaps: bool = False, **limits: object) -> Engine:
+    def make(
+        eos_token_ids: Iterable[int] = (),
+        overlaps: bool = False,
+        grammars: GrammarCompiler | None = None,
+        **limits: object,
+    ) -> Engine:
         config = EngineConfig(**{"num_blocks": 64, "block_size": 4, "max_model_tokens": 128, **limits})
         assert config.num_blocks is not None
         kv_cache = allocate_kv_cache(1, config.num_blocks, config.block_size, 1, 1, torch.int64, "cpu")
         kv_cache.keys[0].fill_(-1)
         runner = OverlappingRunner if overlaps else ModelRunner
-        return Engine(runner(ContextModel(), kv_cache), config, vocab_size=VOCAB_SIZE, eos_token_ids=eos_token_ids)
+        return Engine(
+            runner(ContextModel(), kv_cache),
+            config,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=eos_token_ids,
+            grammars=grammars,
+        )
 
     return make
 
@@ -105,6 +117,12 @@ def run() -> Callable[..., dict[tuple[str, int], list[TokenEvent]]]:
         return events
 
     return run
+
+
+@pytest.fixture
+def context_logits() -> Callable[[list[int]], torch.Tensor]:
+    """The logits of a ContextModel after a context."""
+    return logits_of
 
 
 @pytest.fixture

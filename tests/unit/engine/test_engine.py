@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from hasten.engine.engine import Engine
+from hasten.engine.model_runner import Collect
+from hasten.engine.sampler import SampledToken
+from hasten.engine.scheduler import Schedule
 from hasten.errors import RequestError
 from hasten.request import Request, SamplingParams, TokenEvent
 
@@ -107,6 +110,52 @@ def test_abort_frees_blocks_at_once(make_engine: Callable[..., Engine], run: Run
 def test_continuations_of_a_greedy_request_agree(make_engine: Callable[..., Engine], run: Run) -> None:
     events = run(make_engine(), [request(prompt=tuple(range(13)), n=3, max_tokens=9)])
     assert [tokens_in(events["r", index]) for index in range(3)] == [tokens_in(events["r", 0])] * 3
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_step_that_raises_ends_its_requests_and_no_others(
+    make_engine: Callable[..., Engine],
+    run: Run,
+    expected_tokens: Expected,
+    monkeypatch: pytest.MonkeyPatch,
+    overlaps: bool,
+) -> None:
+    engine = make_engine(max_num_seqs=2, overlaps=overlaps, enable_prefix_cache=False)
+    runner = engine._runner
+    launch, launches = runner.launch, []
+
+    def fail_in_launch(schedule: Schedule) -> Collect:
+        launches.append(schedule)
+        if len(launches) == 3:
+            raise ValueError("no launch")
+        collect = launch(schedule)
+        return fail_in_collect if len(launches) == 6 else collect
+
+    def fail_in_collect() -> list[SampledToken]:
+        raise ValueError("no tokens")
+
+    monkeypatch.setattr(runner, "launch", fail_in_launch)
+    names = ("a", "b", "c", "d", "e")
+    for name in names:
+        engine.add_request(request(name, max_tokens=9))
+    events: dict[str, list[TokenEvent]] = {name: [] for name in names}
+    raised = []
+    while engine.has_unfinished:
+        try:
+            for event in engine.step():
+                events[event.request_id].append(event)
+        except ValueError as error:
+            raised.append(str(error))
+        engine.scheduler.check_integrity()
+    assert raised == ["no launch", "no tokens"]
+    assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
+    for name in names[:4]:
+        assert [event.finish_reason for event in events[name]][-1] == "error"
+        assert "the step that the request was in failed: ValueError: no" in (events[name][-1].error or "")
+        num_tokens = len(events[name]) - 1
+        assert num_tokens == (1 if overlaps and name in "ab" else 2), "a step under way when a launch fails is lost"
+        assert tokens_in(events[name]) == [*expected_tokens([1, 2, 3], num_tokens), None]
+    assert tokens_in(events["e"]) == expected_tokens([1, 2, 3], 9)
 
 
 def test_logits_that_are_not_finite_end_one_request_in_an_error(

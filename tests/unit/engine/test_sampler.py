@@ -142,6 +142,16 @@ def test_draw_never_takes_a_dropped_token(number: float, token_id: int) -> None:
     assert draw(scores, [number]) == [token_id]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-9])
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.5}])
+def test_a_tiny_temperature_takes_the_largest_logit(temperature: float, sampling: dict) -> None:
+    logits = random_logits(2, 30.0)
+    best = logits.argmax(-1).tolist()
+    sequences = [sequence_with(temperature=temperature, seed=5, **sampling), sequence_with(temperature=1.0, seed=6)]
+    alone = sample(logits[1:].clone(), sequences[1:])
+    assert [token.token_id for token in sample(logits, sequences)] == [best[0], alone[0].token_id]
+
+
 def test_random_numbers_are_uniform_and_independent_of_each_other() -> None:
     first, second, later = (
         torch.tensor([uniform(seed, index) for index in range(start, start + 20_000)], dtype=torch.float64)

@@ -1,6 +1,7 @@
 """The scheduler under random use: nothing leaks, nobody starves, every token is the right one."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import hypothesis.strategies as st
 import pytest
@@ -9,14 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hasten.engine.engine import Engine
+from hasten.engine.model_runner import Collect
+from hasten.engine.scheduler import Schedule
+from hasten.engine.sequence import Sequence
 from hasten.request import Request, SamplingParams, TokenEvent
 
 Run = Callable[..., dict[tuple[str, int], list[TokenEvent]]]
 
 
-def request(name: str, num_prompt_tokens: int, max_tokens: int, **sampling: object) -> Request:
+def request(name: str, num_prompt_tokens: int, max_tokens: int, priority: int = 0, **sampling: object) -> Request:
     prompt = tuple(int(name[1:]) % 7 if i % 5 == 4 else i % 3 for i in range(num_prompt_tokens))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling))
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), priority)
+
+
+def order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.arrival
 
 
 def num_tokens_in(events: list[TokenEvent]) -> int:
@@ -42,16 +50,32 @@ def machine(make_engine: Callable[..., Engine], expected_tokens: Callable[[list[
             self.requests: dict[str, Request] = {}
             self.events: dict[tuple[str, int], list[TokenEvent]] = {}
 
-        @rule(num_prompt_tokens=st.integers(1, 39), max_tokens=st.integers(1, 30), n=st.integers(1, 3))
-        def add(self, num_prompt_tokens: int, max_tokens: int, n: int) -> None:
-            added = request(f"r{len(self.requests)}", num_prompt_tokens, max_tokens, n=n)
+        @rule(
+            num_prompt_tokens=st.integers(1, 39),
+            max_tokens=st.integers(1, 30),
+            n=st.integers(1, 3),
+            priority=st.integers(-1, 1),
+        )
+        def add(self, num_prompt_tokens: int, max_tokens: int, n: int, priority: int) -> None:
+            added = request(f"r{len(self.requests)}", num_prompt_tokens, max_tokens, priority, n=n)
             self.requests[added.request_id] = added
             self.engine.add_request(added)
 
         @rule()
         def step(self) -> None:
+            first = min(self.engine.scheduler.running, key=order, default=None)
             for event in self.engine.step():
                 self.events.setdefault((event.request_id, event.index), []).append(event)
+            assert first is None or first.slot is not None or first.is_finished, "the first in order was preempted"
+
+        @rule()
+        def step_that_fails(self) -> None:
+            def fail(schedule: Schedule) -> Collect:
+                raise ValueError("no launch")
+
+            with pytest.MonkeyPatch.context() as patch, suppress(ValueError):
+                patch.setattr(self.engine._runner, "launch", fail)
+                self.step()
 
         @rule(number=st.integers(0, 20))
         def abort(self, number: int) -> None:
@@ -65,13 +89,14 @@ def machine(make_engine: Callable[..., Engine], expected_tokens: Callable[[list[
         def teardown(self) -> None:
             if not hasattr(self, "engine"):
                 return
-            # In every step the earliest running sequence computes at least one token. Where steps overlap
-            # one more brings the last token.
-            bound = 2 + sum(
+            # In every step the first running sequence computes at least one token. What waits before it may
+            # join and preempt it, once for each sequence. Where steps overlap one more brings the last token.
+            num_sequences = sum(each.sampling.n for each in self.requests.values())
+            num_tokens = sum(
                 each.sampling.n * (len(each.prompt_token_ids) + each.sampling.max_tokens)
                 for each in self.requests.values()
             )
-            for _ in range(bound):
+            for _ in range(2 + num_sequences * num_tokens):
                 if self.engine.has_unfinished:
                     self.step()
                     self.is_whole()
@@ -89,7 +114,7 @@ def machine(make_engine: Callable[..., Engine], expected_tokens: Callable[[list[
             if reasons == ["length"]:
                 assert len(tokens) == min(each.sampling.max_tokens, 40 - len(each.prompt_token_ids))
             else:
-                assert reasons == ["cancelled"]
+                assert reasons in (["cancelled"], ["error"])
 
     return SchedulerMachine
 
@@ -183,6 +208,44 @@ def test_requests_start_in_the_order_of_arrival(make_engine: Callable[..., Engin
     first = [events[f"r{i}", 0][0].time_s for i in range(3)]
     assert first == sorted(first)
     assert first[1] > events["r0", 0][-1].time_s
+
+
+def test_requests_start_by_priority_and_those_of_one_priority_by_arrival(
+    make_engine: Callable[..., Engine], run: Run
+) -> None:
+    engine = make_engine(max_num_seqs=1)
+    engine.add_request(request("r9", 5, 8, priority=3))
+    engine.step()  # it runs, and what is more important waits for its end
+    priorities = {"r0": 1, "r1": 0, "r2": 1, "r3": -1, "r4": 0}
+    events = run(engine, [request(name, 5, 3, priority) for name, priority in priorities.items()])
+    first_s = {name: events[name, 0][0].time_s for name in priorities}
+    assert sorted(first_s, key=first_s.__getitem__) == ["r3", "r1", "r4", "r0", "r2"]
+    assert events["r9", 0][-1].time_s < first_s["r3"]
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_the_least_important_is_preempted_even_if_it_came_first(make_engine: Callable[..., Engine], run: Run) -> None:
+    engine = make_engine(num_blocks=12, enable_prefix_cache=False)
+    requests = [request("r0", 12, 18, priority=1), request("r1", 12, 18), request("r2", 12, 18)]
+    for each in requests:
+        engine.add_request(each)
+    steps: dict[str, list[int]] = {each.request_id: [] for each in requests}
+    for step in range(200):
+        for event in engine.step():
+            steps[event.request_id].append(step)
+        engine.scheduler.check_integrity()
+    assert engine.scheduler.num_preemptions > 0
+    assert steps["r1"] == list(range(18)), "one token in every step"
+    assert steps["r2"][-1] < steps["r0"][-1]
+    assert all(len(each) == 18 for each in steps.values())
+
+
+def test_counters(make_engine: Callable[..., Engine], run: Run) -> None:
+    engine = make_engine()
+    run(engine, [request("r0", 7, 3, n=2), request("r1", 5, 4)])
+    scheduler = engine.scheduler
+    assert (scheduler.num_prompt_tokens, scheduler.num_generated_tokens) == (12, 10)
+    assert scheduler.num_steps == engine._runner._model.num_steps  # type: ignore[attr-defined]
 
 
 def test_admission_leaves_room_for_those_that_run_to_grow(make_engine: Callable[..., Engine], run: Run) -> None:

@@ -12,9 +12,7 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton")
 
-from triton.runtime import interpreter
-
-from hasten.engine.sampler import filter_scores, penalize
+from hasten.engine.sampler import penalize
 from hasten.kernels.cuda.sample import (
     GreedyWorkspace,
     SamplingState,
@@ -24,24 +22,13 @@ from hasten.kernels.cuda.sample import (
     top_logprobs,
 )
 from hasten.request import SamplingParams
+from sampling_checks import check_drawn_token
+
+pytestmark = pytest.mark.usefixtures("scalars_from_arrays")
 
 VOCAB_SIZE = 700
 TILING = Tiling(tile=256, group=32, capacity=128, greedy_tile=256)
 UNTOUCHED = -7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _scalars_from_arrays() -> Any:
-    """Triton 3.6's interpreter calls int() on arrays of one element, which NumPy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
-        yield
 
 
 def run(
@@ -64,29 +51,6 @@ def run(
     logits.copy_(padded[:-1])
     assert out[-1] == UNTOUCHED
     return out[:-1].tolist(), state
-
-
-def near(value: torch.Tensor, number: float) -> bool:
-    """Whether a float32 sum may be on the other side of the number."""
-    return bool(((value - number).abs() < 1e-5).any())
-
-
-def check_row(logits: torch.Tensor, sampling: SamplingParams, number: float, token: int, border: float) -> None:
-    """A drawn token and its border against the engine's sampler in float64; logits: after penalties."""
-    scores = logits.double().unsqueeze(0)
-    filter_scores(scores, [sampling])
-    kept = scores[0] > -math.inf
-    scores = logits.double() / sampling.temperature
-    before_top_p = scores.clone().unsqueeze(0)
-    filter_scores(before_top_p, [SamplingParams(temperature=1.0, top_k=sampling.top_k)])
-    reached = before_top_p[0].sort(descending=True).values.softmax(-1).cumsum(-1)
-    ratios = (scores - scores.max()).exp()
-    if not (sampling.top_p < 1.0 and near(reached, sampling.top_p)) and not near(ratios, sampling.min_p or -1.0):
-        heavy = scores > scores.max() - 27  # lighter tokens are never drawn
-        assert torch.equal((logits >= border) & heavy, kept & heavy)
-    cumulative = torch.where(logits >= border, scores, -math.inf).softmax(-1).cumsum(-1)
-    if not near(cumulative, number):
-        assert token == int(torch.searchsorted(cumulative, torch.tensor(number, dtype=torch.float64), right=True))
 
 
 SAMPLINGS = st.builds(
@@ -140,7 +104,7 @@ def test_tokens_and_borders_are_those_of_the_engines_sampler(rows: list[tuple[An
         if sampling.is_greedy:
             assert tokens[row] == int(logits[row].max(-1).indices)
         else:
-            check_row(logits[row], sampling, uniforms[row], tokens[row], state.borders[row].item())
+            check_drawn_token(logits[row], sampling, uniforms[row], tokens[row], state.borders[row].item())
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])

@@ -1,6 +1,7 @@
 """Several modules' weights in one matrix: the same as theirs one below the other, in every precision."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hasten.artifact import inspect
 from hasten.config import scheme_named
 from hasten.engine.build import build
 from hasten.models.config import DecoderConfig
+from hasten.models.load import load_decoder
 from hasten.models.weights import LinearWeight, WeightReader, linear_shapes, norm_shapes
 from hasten.quantization.rtn import QuantizedWeight
 
@@ -76,19 +78,20 @@ def test_a_built_fp8_folder_holds_what_reading_the_source_gives(folder: Path, tm
     assert torch.equal(built.scale, fresh.scale)
 
 
-def test_reading_tells_how_far_it_is(folder: Path) -> None:
-    model = inspect(folder)
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("scheme", ["bf16", "w8a16", "w4a16"])
+def test_loading_counts_every_tensor_once(
+    folder: Path, tmp_path: Path, scheme: str, is_tied: bool, is_built: bool
+) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    if is_tied:
+        values = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    path = build(source, scheme, tmp_path / "engine") if is_built else source
     told: list[tuple[int, int]] = []
-    weights = WeightReader(
-        model,
-        DecoderConfig.from_hf(model.config),
-        scheme_named("bf16"),
-        on_read=lambda read, total: told.append((read, total)),
-    )
-    weights.embedding()
-    for module in weights.linears:
-        weights.linear(module)
-    for module in norm_shapes(weights.config):
-        weights.norm(module)
-    assert told[-1] == (model.weight_bytes, model.weight_bytes)
-    assert [read for read, _ in told] == sorted(read for read, _ in told)
+    load_decoder(path, scheme, "cpu", on_read=lambda read, total: told.append((read, total)))
+    assert [read for read, _ in told] == sorted({read for read, _ in told})
+    assert told[-1][0] == told[-1][1]
+    if not is_tied and not is_built:
+        assert told[-1][1] == inspect(path).weight_bytes

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.request import Request, SamplingParams
+from hasten.request import Grammar, Request, SamplingParams
 from hasten.runtimes.continuation import ModelLimits, admit, eos_token_ids, error_events, refusal
 
 LIMITS = ModelLimits(vocab_size=100, max_model_tokens=10, eos_token_ids=frozenset({2}), samples=False)
@@ -40,6 +40,7 @@ def test_what_ends_a_continuation(sampling: SamplingParams, token: int, reason: 
         (Request("r", (1,), SamplingParams(temperature=0.5)), "greedy"),
         (Request("r", (1,), SamplingParams(repetition_penalty=1.1)), "greedy"),
         (Request("r", (1,), SamplingParams(logprobs=1)), "log-probabilities"),
+        (Request("r", (1,), SamplingParams(grammar=Grammar("regex", "a"))), "does not follow grammars"),
     ],
 )
 def test_what_is_refused_and_why(request_: Request, words: str) -> None:

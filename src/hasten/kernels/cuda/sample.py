@@ -2,7 +2,8 @@
 
 The sampler of `engine.sampler` as kernels that a CUDA graph can hold: penalties, temperature,
 top-k, top-p, min-p, then a draw that inverts the distribution function in the order of the
-vocabulary. What a sequence asks for, and which tokens it has had, lie on the device by slot.
+vocabulary; for rows with a grammar, `mask_rows` comes before all of it. What a sequence asks for,
+and which tokens it has had, lie on the device by slot.
 
 Precision: logits, parameters and each token's exp((logit - largest) / temperature) are float32. A
 token's weight is that exponential in units of 2^-40, rounded down to an integer, and weights are
@@ -31,6 +32,7 @@ from hasten.kernels.cuda.elementwise import has_dependent_launch, launch_options
 from hasten.kernels.cuda.sample_borders import INTERVAL_SIZE, LEAST_RANK, NUM_BINS
 from hasten.request import SamplingParams
 
+_MASK_TILE = 4096
 _TILE_WARPS = 8
 _ROW_WARPS = 8
 _COLLECT_REGISTERS = 64
@@ -89,6 +91,20 @@ def greedy_rows(logits: torch.Tensor, out: torch.Tensor, workspace: GreedyWorksp
         PDL=has_dependent_launch(),
         num_warps=_TILE_WARPS,
         **launch_options(),
+    )
+
+
+def mask_rows(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Sets the logits of tokens that are not allowed to -inf, in place.
+
+    Args:
+        logits: [any rows, vocab_size], any float type, rows contiguous.
+        rows: [masked] int32, each at most once: the row that each mask is for.
+        masks: [masked, ceil(vocab_size / 32)] int32: bit i % 32 of word i // 32 is token i's.
+    """
+    vocab_size, (num_masked, num_words) = logits.shape[1], masks.shape
+    kernels.mask_tiles[triton.cdiv(vocab_size, _MASK_TILE), num_masked](
+        logits, rows, masks, logits.stride(0), num_words, vocab_size, TILE=_MASK_TILE
     )
 
 

@@ -8,6 +8,7 @@ Five launches choose the tokens of all rows; 1, 2 and 4 split a row into tiles o
    the vocabulary;
 5. `finish` finds the exact borders by bisection over that list, adds the listed tokens that
    stay to their groups' sums, and inverts the distribution function.
+Before them, `mask_tiles` takes from the rows with a grammar the tokens that it does not allow.
 A row whose list would be too long (most of its logits are nearly equal) has its borders found over
 all its logits instead: slower, the same result.
 
@@ -59,6 +60,19 @@ def greedy_tiles(logits, out, cells, arrivals, row_stride, vocab_size, TILE: tl.
         best = from_ordered((winner >> 32).to(tl.int32))
         is_finite = (best > -float("inf")) & (best < float("inf"))
         tl.store(out + row, tl.where(is_finite, 0x7FFFFFFF - (winner & 0xFFFFFFFF), -1))
+
+
+@triton.jit
+def mask_tiles(logits, rows, masks, row_stride, num_words, vocab_size, TILE: tl.constexpr):
+    """One program sets the logits of a tile's tokens that a row's mask does not allow to -inf."""
+    tile, index = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows + index).to(tl.int64)
+    tokens = tile * TILE + tl.arange(0, TILE)
+    is_token = tokens < vocab_size
+    words = tl.load(masks + index * num_words + tokens // 32, mask=is_token, other=0)
+    is_allowed = (words >> (tokens % 32)) & 1
+    nothing = tl.full([TILE], -float("inf"), tl.float32)
+    tl.store(logits + row * row_stride + tokens, nothing, mask=is_token & (is_allowed == 0))
 
 
 @triton.jit
