@@ -118,6 +118,6 @@ def test_importing_hasten_is_light(statement: str) -> None:
     assert not loaded_after(statement) & heavy
 
 
-@pytest.mark.parametrize("module", ["artifact", "hardware", "hub", "report", "pipeline.doctor"])
+@pytest.mark.parametrize("module", ["artifact", "hardware", "hub", "report", "pipeline.doctor", "serve.engine_client"])
 def test_modules_that_must_work_without_torch(module: str) -> None:
     assert "torch" not in loaded_after(f"import hasten.{module}")

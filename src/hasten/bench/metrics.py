@@ -6,10 +6,11 @@ t_1 .. t_n:
     ttft = t_1 - s        itl = t_{i+1} - t_i        tpot = (t_n - t_1) / (n - 1)
     e2e_latency = t_n - s
 
-For a run (requests handed over together) from start to end:
+For a run (requests handed over together, or sent to a server) from start to end:
 
     output_throughput = output tokens / (end - start)
     request_throughput = requests / (end - start)
+    goodput = requests that finished and kept every part of the objective / (end - start)
     scaling_efficiency(c) = output_throughput(c) / (c * output_throughput(1))
     mbu = weight bytes a step / tpot / measured read bandwidth, at concurrency 1
 
@@ -17,15 +18,17 @@ A percentile of n sorted samples is the linear interpolation at position q * (n 
 from 0. A spread is the median with the first and third quartile.
 
 A run in which a request failed is no sample: the others had the machine for fewer than they
-should. Its failed requests are counted. What cannot be computed is None.
+should. Its failed requests are counted. Goodput is of every run: a failed request is not good,
+and that is what it measures. What cannot be computed is None.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from hasten.bench.result import BenchResult, BenchRun, RequestRecord
+from hasten.bench.result import BenchResult, BenchRun, Objective, RequestRecord
 
 FINISHED = frozenset({"stop", "length"})
 CLOCK_STEP_S = 1e-9
@@ -69,7 +72,7 @@ class SpeedSummary:
             processor's caches. None at concurrency above 1 or where weight bytes or
             bandwidth are not known.
         cpu_cores: CPU seconds of the process for each second of wall time, over all runs: CPU
-            time is counted in steps too coarse for one short run.
+            time is counted in steps too coarse for one short run. None where it is not known.
         num_failed_requests: requests that failed at this concurrency; their runs are left out.
     """
 
@@ -85,7 +88,7 @@ class SpeedSummary:
     e2e_latency_spread_s: Spread
     scaling_efficiency: float | None
     mbu: float | None
-    cpu_cores: float
+    cpu_cores: float | None
     num_failed_requests: int
 
 
@@ -163,6 +166,53 @@ def num_failed_requests(result: BenchResult, concurrency: int) -> int:
     return sum(has_failed(request) for run in result.runs if run.concurrency == concurrency for request in run.requests)
 
 
+def errors_by_kind(result: BenchResult, concurrency: int) -> Counter[str]:
+    """How many requests failed for each reason, at one concurrency."""
+    return Counter(
+        request.error or f"ended by {request.finish_reason}"
+        for run in result.runs
+        if run.concurrency == concurrency
+        for request in run.requests
+        if has_failed(request)
+    )
+
+
+def is_good(request: RequestRecord, objective: Objective) -> bool:
+    """Whether it finished and kept every part of the objective."""
+    if has_failed(request):
+        return False
+    kept = (
+        (objective.ttft_s, ttft_s(request)),
+        (objective.tpot_s, tpot_s(request)),
+        (objective.e2e_latency_s, e2e_latency_s(request)),
+    )
+    return all(limit is None or value is None or value <= limit for limit, value in kept)
+
+
+def goodput_per_s(result: BenchResult, concurrency: int) -> Spread | None:
+    """Good requests a second, one sample a run, failed ones too; None where no objective was stated."""
+    objective = None if result.config.load is None else result.config.load.objective
+    if objective is None or objective == Objective():
+        return None
+    samples = [
+        sum(is_good(request, objective) for request in run.requests) / (run.end_s - run.start_s)
+        for run in result.runs
+        if run.concurrency == concurrency and run.end_s - run.start_s >= CLOCK_STEP_S
+    ]
+    return spread(samples) if samples else None
+
+
+def peak_in_flight(run: BenchRun) -> int:
+    """The most requests that were under way at the same time, from submission to the last token."""
+    changes = [
+        change
+        for request in run.requests
+        if request.token_times_s
+        for change in ((request.submitted_s, 1), (request.token_times_s[-1], -1))
+    ]
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
+
+
 def mbu(weight_bytes_per_token: float | None, step_s: float, bandwidth_bytes_per_s: float | None) -> float | None:
     """Share of the read bandwidth that a decode step at batch 1 reaches; None where a part is not known."""
     if not weight_bytes_per_token or not bandwidth_bytes_per_s or step_s <= 0:
@@ -184,6 +234,11 @@ def summarize(result: BenchResult) -> tuple[SpeedSummary, ...]:
 
 def _output_throughput(run: BenchRun) -> float:
     return sum(len(request.token_times_s) for request in run.requests) / (run.end_s - run.start_s)
+
+
+def _cpu_cores(runs: Sequence[BenchRun]) -> float | None:
+    cpu_s = [run.cpu_s for run in runs if run.cpu_s is not None]
+    return sum(cpu_s) / sum(run.end_s - run.start_s for run in runs) if len(cpu_s) == len(runs) else None
 
 
 def _tpots(runs: Iterable[BenchRun]) -> list[float]:
@@ -215,6 +270,6 @@ def _summarize_runs(
         e2e_latency_spread_s=spread([median(map(e2e_latency_s, run.requests)) for run in runs]),
         scaling_efficiency=throughput.median / (concurrency * throughput_alone) if throughput_alone else None,
         mbu=share,
-        cpu_cores=sum(run.cpu_s for run in runs) / sum(run.end_s - run.start_s for run in runs),
+        cpu_cores=_cpu_cores(runs),
         num_failed_requests=num_failed_requests(result, concurrency),
     )

@@ -178,20 +178,18 @@ def _judge(result: BenchResult, baseline: BenchResult, gate: Gate) -> Verdict:
 def _mismatch(result: BenchResult, baseline: BenchResult) -> str | None:
     """What makes two results incomparable, None if nothing does."""
     pairs = (
-        (
-            "model",
-            f"{result.model.name} ({result.model.revision})",
-            f"{baseline.model.name} ({baseline.model.revision})",
-        ),
+        ("model", result.model.name, baseline.model.name),
+        ("model's revision", result.model.revision, baseline.model.revision),
         ("prompt tokens", result.config.prompt_tokens, baseline.config.prompt_tokens),
         ("new tokens", result.config.new_tokens, baseline.config.new_tokens),
         ("concurrency", result.config.concurrency, baseline.config.concurrency),
         ("threads", result.config.num_threads, baseline.config.num_threads),
+        ("load", result.config.arrivals, baseline.config.arrivals),
         ("processor", result.environment.cpu, baseline.environment.cpu),
         ("machine", result.environment.hostname_hash, baseline.environment.hostname_hash),
     )
     for what, here, there in pairs:
-        if here != there:
+        if here != there and None not in (here, there):  # what a server does not tell is no difference
             return f"its {what} is {here}, the baseline's is {there}"
     return None
 

@@ -30,14 +30,19 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A runtime with a scheme: what is measured and compared."""
+    """A runtime with a scheme: what is measured and compared.
+
+    Args:
+        runtime: of `bench online`, the name given to the server, or its host and port.
+        scheme: "" for a server, which does not tell.
+    """
 
     runtime: str
     scheme: str
 
     @property
     def name(self) -> str:
-        return f"{self.runtime}-{self.scheme}"
+        return f"{self.runtime}-{self.scheme}" if self.scheme else self.runtime
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,22 @@ class ModelInfo:
         revision: hub revision, or the sha256 of the folder's config and weight headers.
         linear_parameters: weights that one decode step reads: every linear layer and the
             head, without the embedding table (a tied head counts).
+
+    All but the name are None for a server's model whose folder is not known.
     """
 
     name: str
-    revision: str
-    architecture: str
-    num_parameters: Count
-    linear_parameters: Count
-    max_context_tokens: Count
-    vocab_size: Count
+    revision: str | None = None
+    architecture: str | None = None
+    num_parameters: Count | None = None
+    linear_parameters: Count | None = None
+    max_context_tokens: Count | None = None
+    vocab_size: Count | None = None
 
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the versions behind a result.
+    """The machine and the versions behind a result; of `bench online`, those of the client.
 
     Args:
         gpus: those that the process may use, the one that it uses first.
@@ -83,11 +90,49 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a request must keep to count as good; None asks for nothing."""
+
+    ttft_s: Positive | None = None
+    tpot_s: Positive | None = None
+    e2e_latency_s: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests reach a server.
+
+    Args:
+        api: "completions", "chat" or "kserve".
+        arrivals: "closed" (each client sends its next request when its last has ended),
+            "poisson", "constant" or "trace".
+        rate_per_s: offered requests a second; None for a closed loop.
+        requests_per_run: for each client of a closed loop, else in all.
+        prompts: "text" or "random".
+        prompt_lengths, output_lengths: as they were asked for, such as "64-256".
+    """
+
+    url: str
+    api: str
+    arrivals: str
+    rate_per_s: Positive | None
+    requests_per_run: AtLeastOne
+    prompts: str
+    prompt_lengths: str
+    output_lengths: str
+    objective: Objective
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """How speed is measured: one value for all candidates of a run.
 
     Args:
-        device: "cpu" or "cuda".
+        prompt_tokens, new_tokens: of each request; their mean where lengths differ.
+        concurrency: of an open loop, the most requests that are sent at the same time.
+        num_threads: None for a server, which has its own.
+        device: "cpu" or "cuda"; "unknown" for a server that is not on this machine.
+        load: None where requests are handed to a runtime without a server.
     """
 
     prompt_tokens: AtLeastOne
@@ -95,9 +140,18 @@ class BenchConfig:
     concurrency: tuple[AtLeastOne, ...]
     num_runs: AtLeastOne
     num_warmup: Count
-    num_threads: AtLeastOne
+    num_threads: AtLeastOne | None
     seed: int
     device: str = "cpu"
+    load: Load | None = None
+
+    @property
+    def arrivals(self) -> str:
+        """When requests come, in words; what was measured without a server compares with a closed loop."""
+        if self.load is None or self.load.arrivals == "closed":
+            return "closed loop"
+        rate = "" if self.load.rate_per_s is None else f", {self.load.rate_per_s:g} requests/s"
+        return f"open loop, {self.load.arrivals}{rate}"
 
 
 @dataclass(frozen=True)
@@ -118,25 +172,46 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
+class GpuUse:
+    """What a server's GPUs did during a run; of several, the sum (share: the mean).
+
+    Args:
+        busy_share: of the time, in which a kernel ran; mean of the driver's samples.
+        peak_memory_bytes: the most that was taken, by all programs on the GPU.
+        power_w: mean, from the driver's energy counter; None for a run too short to tell.
+    """
+
+    busy_share: Share
+    peak_memory_bytes: Count
+    power_w: NotNegative | None
+
+
+@dataclass(frozen=True)
 class BenchRun:
-    """Requests handed over together at one concurrency, once.
+    """Requests at one concurrency, once: handed over together, or sent to a server as `config.load` says.
 
     Args:
         round_index: runs of all candidates with the same index were made one after the other.
-        cpu_s: CPU time, all threads of the runtime's process, between start and end.
+        cpu_s: CPU time, all threads of the runtime's process (a server's with its children),
+            between start and end. None for a server that is not on this machine.
+        gpu: None without a server on this machine that uses one.
+        client_share: CPU time of the load generator's busiest process over the run's; near 1
+            the load generator limits what is measured. None without a load generator.
     """
 
     concurrency: AtLeastOne
     round_index: Count
     start_s: NotNegative
     end_s: NotNegative
-    cpu_s: NotNegative
+    cpu_s: NotNegative | None
     requests: tuple[RequestRecord, ...]
+    gpu: GpuUse | None = None
+    client_share: NotNegative | None = None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the runtime's own process, in bytes.
+    """Memory of the runtime's own process (a server's with its children), in bytes.
 
     Args:
         loaded_rss_bytes: resident after loading, before the first request.

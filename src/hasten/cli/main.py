@@ -8,7 +8,20 @@ import sys
 
 import typer
 
-from hasten.cli import bench, build, compare, doctor, evaluate, generate, optimize, profiling, report, terminal
+from hasten.cli import (
+    bench,
+    build,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    optimize,
+    profiling,
+    report,
+    serve,
+    terminal,
+)
 from hasten.errors import HastenError
 
 INTERRUPTED = 130
@@ -22,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (doctor, optimize, build, generate, evaluate, bench, profiling, compare, report):
+for module in (doctor, optimize, build, export, generate, evaluate, bench, profiling, compare, report, serve):
     module.register(app)
 
 

@@ -145,19 +145,20 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _read(rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
-    """The sequence's keys or values, [kv_heads, 1, num_keys, dim]: a view where blocks are consecutive."""
+def _read(key_rows: torch.Tensor, value_rows: torch.Tensor, plan: SequencePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence's keys and values, [kv_heads, 1, num_keys, dim] each: views where blocks are consecutive."""
     if plan.view is not None:
-        return rows.as_strided(*plan.view)
+        return key_rows.as_strided(*plan.view), value_rows.as_strided(*plan.view)
     assert plan.slots is not None
-    return rows.index_select(0, plan.slots).transpose(0, 1).unsqueeze(1)
+    k, v = (rows.index_select(0, plan.slots).transpose(0, 1).unsqueeze(1) for rows in (key_rows, value_rows))
+    return k, v
 
 
 def _decode(
     q: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor, plan: SequencePlan, scale: float
 ) -> torch.Tensor:
     """One token, [1, kv_heads, group, dim]: a group's queries are rows of the product with its key head."""
-    k, v = _read(key_rows, plan), _read(value_rows, plan)
+    k, v = _read(key_rows, value_rows, plan)
     return _flash(q.transpose(0, 1), k, v, 0.0, False, scale=scale)[0].view(1, -1)
 
 
@@ -166,7 +167,7 @@ def _prefill(
 ) -> torch.Tensor:
     """Several tokens, [num_queries, kv_heads, group, dim]: a group's queries are heads that share a key head."""
     shared = (-1, q.shape[2], -1, -1)
-    k, v = _read(key_rows, plan).expand(shared), _read(value_rows, plan).expand(shared)
+    k, v = (each.expand(shared) for each in _read(key_rows, value_rows, plan))
     attended = _flash(q.permute(1, 2, 0, 3), k, v, 0.0, plan.mask is None, attn_mask=plan.mask, scale=scale)[0]
     return attended.permute(2, 0, 1, 3).reshape(plan.num_queries, -1)
 

@@ -148,11 +148,12 @@ def compared(value: Spread, reference: Spread, higher_is_better: bool = False) -
 def caveats(results: Sequence[BenchResult]) -> tuple[str, ...]:
     """One sentence for each thing that makes the results' figures hard to compare; () where nothing does."""
     checks = (
-        ("models", {f"{result.model.name} ({result.model.revision})" for result in results}),
+        ("models", {f"{result.model.name} ({result.model.revision or 'revision not known'})" for result in results}),
         ("machines", {f"{result.environment.cpu}, {result.environment.hostname_hash}" for result in results}),
         ("prompt lengths (tokens)", {str(result.config.prompt_tokens) for result in results}),
         ("output lengths (tokens)", {str(result.config.new_tokens) for result in results}),
-        ("numbers of threads", {str(result.config.num_threads) for result in results}),
+        ("numbers of threads", {str(threads) for result in results if (threads := result.config.num_threads)}),
+        ("arrivals", {result.config.arrivals for result in results}),
         ("held-out texts", {result.quality.text for result in results if result.quality is not None}),
         ("versions of hasten", {result.hasten_version for result in results}),
     )

@@ -210,9 +210,10 @@ def _headline(figure: Figure, text: str) -> None:
 def _footnote(figure: Figure, view: ReportView, before: str = "") -> None:
     result = view.rows[0].result
     config = result.config
+    threads = "" if config.num_threads is None else f", {config.num_threads} threads"
     text = (
         f"{before}{shortened(result.model.name, 32)} · {config.prompt_tokens} prompt, {config.new_tokens} new tokens · "
-        f"{shortened(result.environment.cpu, 34)}, {config.num_threads} threads · median of {config.num_runs} runs, "
+        f"{shortened(result.environment.cpu, 34)}{threads} · median of {config.num_runs} runs, "
         "whiskers: quartiles"
     )
     figure.text(0.985, 0.1 / figure.get_figheight(), text, ha="right", va="bottom", fontsize=7.5, color=SOFT)

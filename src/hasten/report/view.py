@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hasten.bench.metrics import Percentiles, Spread, num_failed_requests
 from hasten.bench.pick import Decision, Target
-from hasten.bench.result import BenchResult, Environment
+from hasten.bench.result import BenchConfig, BenchResult, Environment
 from hasten.report.columns import Column, judged_ratio, measured_concurrency, table_columns
 from hasten.report.compare import Ratio, Row, caveats, comparison_rows
 from hasten.report.findings import baseline_row, focus_row, savings_sentences, verdict_sentence
@@ -213,9 +213,12 @@ def _facts(results: Sequence[BenchResult]) -> tuple[tuple[str, str], ...]:
     model, config, environment = result.model, result.config, result.environment
     versions = {name: version for each in results for name, version in each.environment.versions.items()}
     return (
-        ("Model", f"{model.name}, {model.architecture}, {model.num_parameters:,} parameters"),
-        ("Revision", model.revision),
-        ("Weights that a decode step reads", f"{model.linear_parameters:,} parameters"),
+        (
+            "Model",
+            f"{model.name}, {model.architecture or 'architecture not known'}, {_parameters(model.num_parameters)}",
+        ),
+        ("Revision", model.revision or "not known"),
+        ("Weights that a decode step reads", _parameters(model.linear_parameters)),
         ("Processor", f"{environment.cpu}, {environment.num_cpus} CPUs"),
         ("Instructions", ", ".join(environment.cpu_flags) or "none listed"),
         ("Memory", memory(environment.memory_bytes)),
@@ -230,9 +233,21 @@ def _facts(results: Sequence[BenchResult]) -> tuple[tuple[str, str], ...]:
         ),
         ("Concurrency", ", ".join(str(level) for level in config.concurrency)),
         ("Repeats", f"{config.num_runs} measured runs after {config.num_warmup} warm-up runs, candidates interleaved"),
-        ("Threads", str(config.num_threads)),
+        ("Load", _load(config)),
+        ("Threads", "the server's own" if config.num_threads is None else str(config.num_threads)),
         ("Measured", _period(results)),
     )
+
+
+def _parameters(count: int | None) -> str:
+    return "number of parameters not known" if count is None else f"{count:,} parameters"
+
+
+def _load(config: BenchConfig) -> str:
+    load = config.load
+    if load is None:
+        return "requests handed over together, without a server"
+    return f"{load.api} at {load.url}, {config.arrivals}"
 
 
 def _bandwidth(environment: Environment) -> str:

@@ -1,0 +1,72 @@
+"""How much load `hasten bench online`'s client processes can offer, measured against servers that compute nothing.
+
+Every token is a chunk and a write of its own, as fast as the null servers can; the clients do what they do
+in a measurement. "alone" is what one process could offer on a core of its own: its rate over its busy share.
+Where a client has to wait for a core it finds several tokens in one read, which costs less than one each:
+"tokens a read" says so.
+
+    python benchmarks/serving/client_capacity.py --clients 1,2 --connections 1,8,64,256
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from hasten.bench.endpoints import OnlineRequest, OpenAIEndpoint
+from hasten.bench.http_stream import Address
+from hasten.bench.load import CLIENTS_PER_PROCESS, LoadGenerator
+from hasten.bench.metrics import has_failed, median
+
+NULL_SERVER = Path(__file__).with_name("null_server.py")
+PROMPT = "word " * 128
+NUM_RUNS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", default="1,2", help="client processes")
+    parser.add_argument("--connections", default="1,8,64,256")
+    parser.add_argument("--servers", type=int, default=1, help="null servers, one process each")
+    parser.add_argument("--tokens", type=int, default=40_000, help="of each run, about")
+    parser.add_argument("--merge", type=int, default=1, help="tokens of a chunk")
+    given = parser.parse_args()
+    servers = [_start(0, given.merge)]
+    address = Address.from_url(servers[0].stdout.readline().strip())
+    servers += [_start(address.port, given.merge) for _ in range(given.servers - 1)]
+    print(
+        "| clients | connections | tokens an answer | tokens/s | requests/s | tokens a read | busy | alone: tokens/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    try:
+        for num_clients in map(int, given.clients.split(",")):
+            with LoadGenerator(address, OpenAIEndpoint("null"), num_clients) as generator:
+                for connections in map(int, given.connections.split(",")):
+                    for length in (256, 1):
+                        print(_row(generator, num_clients, connections, length, given.tokens), flush=True)
+    finally:
+        for server in servers:
+            server.terminate()
+
+
+def _start(port: int, merge: int) -> subprocess.Popen[str]:
+    command = [sys.executable, str(NULL_SERVER), "--port", str(port), "--merge", str(merge)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _row(generator: LoadGenerator, num_clients: int, connections: int, length: int, num_tokens: int) -> str:
+    count = max(connections, num_tokens // length if length > 1 else num_tokens // 16)
+    requests = [OnlineRequest(str(index), PROMPT, 128, length) for index in range(count)]
+    runs = [generator.run(requests, connections, timeout_s=60.0) for _ in range(NUM_RUNS)]
+    assert not any(has_failed(each) for run in runs for each in run.records)
+    rate = median(sum(len(each.token_times_s) for each in run.records) / (run.end_s - run.start_s) for run in runs)
+    busy = median(run.client_share for run in runs)
+    times = [each.token_times_s for run in runs for each in run.records]
+    merged = sum(map(len, times)) / sum(len(set(each)) for each in times)
+    num_used = min(num_clients, -(-connections // CLIENTS_PER_PROCESS))
+    cells = (num_used, connections, length, f"{rate:,.0f}", f"{rate / length:,.0f}", f"{merged:.1f}", f"{busy:.0%}")
+    return f"| {' | '.join(map(str, cells))} | {rate / num_used / busy:,.0f} |"
+
+
+if __name__ == "__main__":
+    main()

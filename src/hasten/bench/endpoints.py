@@ -1,0 +1,200 @@
+"""What is sent to a server and what its answer says, for each API that streams text.
+
+`OpenAIEndpoint` is completions and chat of OpenAI's API and of those who speak it (vLLM, llama.cpp,
+hasten); `KServeEndpoint` is Triton's generate_stream extension of KServe v2. Every request asks for
+exactly its number of tokens, greedily; `optional` are fields that not every server takes, and `probe`
+finds out which it does. Knows bytes, not sockets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from hasten.bench.sse import timed_events
+from hasten.bench.token_times import Chunk
+
+IGNORE_EOS = "ignore_eos"
+USAGE = "stream_options"
+TOKEN_IDS = "return_token_ids"
+OPENAI_OPTIONAL = (TOKEN_IDS, IGNORE_EOS, USAGE)
+DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineRequest:
+    """One request to a server.
+
+    Args:
+        prompt: text, or token ids where the API takes them.
+        num_prompt_tokens: as planned; what the server counts replaces it in the record.
+        num_tokens: output tokens to ask for.
+        arrival_s: when to send it, from the start of the run; None is as soon as a client is free.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    num_prompt_tokens: int
+    num_tokens: int
+    arrival_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one streamed answer said.
+
+    Args:
+        num_tokens, num_prompt_tokens: as the server counted them, None where it does not say.
+        finish_reason: "length" or "stop" of an answer that ended as it should.
+        error: one sentence; None for an answer that is whole.
+    """
+
+    chunks: tuple[Chunk, ...]
+    num_tokens: int | None
+    num_prompt_tokens: int | None
+    finish_reason: str | None
+    error: str | None
+
+
+class Endpoint(Protocol):
+    """One model behind one API."""
+
+    @property
+    def path(self) -> str: ...
+
+    def body(self, request: OnlineRequest) -> bytes: ...
+
+    def read(self, times_s: Sequence[float], parts: Sequence[bytes]) -> Answer:
+        """Of an answer with status 200: its body as it was read."""
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _OpenAIChunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _KServeChunk(msgspec.Struct):
+    text_output: str | list[str] | None = None
+    error: Any = None
+
+
+_openai = msgspec.json.Decoder(_OpenAIChunk)
+_kserve = msgspec.json.Decoder(_KServeChunk)
+
+
+@dataclass(frozen=True)
+class OpenAIEndpoint:
+    """OpenAI's completions or chat.
+
+    Args:
+        optional: those of OPENAI_OPTIONAL to send.
+    """
+
+    model: str
+    is_chat: bool = False
+    optional: tuple[str, ...] = OPENAI_OPTIONAL
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
+
+    def body(self, request: OnlineRequest) -> bytes:
+        values = {TOKEN_IDS: True, IGNORE_EOS: True, USAGE: {"include_usage": True}}
+        prompt = (
+            {"messages": [{"role": "user", "content": request.prompt}]} if self.is_chat else {"prompt": request.prompt}
+        )
+        fields = {"model": self.model, **prompt, "max_tokens": request.num_tokens, "temperature": 0, "stream": True}
+        return msgspec.json.encode(fields | {name: values[name] for name in self.optional})
+
+    def read(self, times_s: Sequence[float], parts: Sequence[bytes]) -> Answer:
+        chunks: list[Chunk] = []
+        usage, finish_reason, error, is_done = _Usage(), None, None, False
+        for time_s, data in timed_events(times_s, parts):
+            if data == DONE:
+                is_done = True
+                break
+            try:
+                event = _openai.decode(data)
+            except msgspec.DecodeError:
+                error = "the server sent an event that is not a chunk of OpenAI's API"
+                break
+            if event.error is not None:
+                error = f"the server reported: {error_text(event.error)}"
+                break
+            usage = event.usage or usage
+            for choice in event.choices:
+                delta = choice.delta
+                text = choice.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning)) or ""
+                if text or choice.token_ids:
+                    num_tokens = None if choice.token_ids is None else len(choice.token_ids)
+                    chunks.append(Chunk(time_s, len(text), num_tokens))
+                finish_reason = choice.finish_reason or finish_reason
+        if error is None and not is_done:
+            error = "the stream ended without [DONE]"
+        return Answer(tuple(chunks), usage.completion_tokens, usage.prompt_tokens, finish_reason, error)
+
+
+@dataclass(frozen=True)
+class KServeEndpoint:
+    """Triton's generate_stream for a model with text_input, text_output, max_tokens and stream.
+
+    Args:
+        is_nested: whether what is not the prompt goes under "parameters", as Triton's vLLM backend has it.
+    """
+
+    model: str
+    is_nested: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"/v2/models/{self.model}/generate_stream"
+
+    def body(self, request: OnlineRequest) -> bytes:
+        fields = {"stream": True, "max_tokens": request.num_tokens, "temperature": 0, IGNORE_EOS: True}
+        return msgspec.json.encode(
+            {"text_input": request.prompt, **({"parameters": fields} if self.is_nested else fields)}
+        )
+
+    def read(self, times_s: Sequence[float], parts: Sequence[bytes]) -> Answer:
+        chunks: list[Chunk] = []
+        error = None
+        for time_s, data in timed_events(times_s, parts):
+            try:
+                event = _kserve.decode(data)
+            except msgspec.DecodeError:
+                error = "the server sent an event that is not an answer of generate_stream"
+                break
+            if event.error is not None:
+                error = f"the server reported: {error_text(event.error)}"
+                break
+            text = event.text_output if isinstance(event.text_output, str) else "".join(event.text_output or ())
+            if text:
+                chunks.append(Chunk(time_s, len(text)))
+        return Answer(tuple(chunks), None, None, "length" if chunks else None, error)
+
+
+def error_text(error: Any) -> str:
+    """The sentence in an error, in whichever of the usual forms it comes."""
+    if isinstance(error, dict):
+        return error_text(error.get("message") or error.get("error") or error.get("detail") or error)
+    return " ".join(str(error).split())[:300]

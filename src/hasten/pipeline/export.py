@@ -1,0 +1,60 @@
+"""`export triton`: a model, found and with its limits settled, as a Triton model repository."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hasten.errors import TokenizerError, UsageError
+from hasten.export.triton_repository import TritonExport, write_repository
+from hasten.pipeline.config import TritonConfig
+from hasten.pipeline.device import resolve_device
+from hasten.pipeline.served_model import model_name, runtime_config_of
+from hasten.pipeline.target import resolve_target
+from hasten.runtimes.base import InFlightRuntime
+from hasten.runtimes.registry import runtime_for
+from hasten.runtimes.text import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ExportedModels:
+    """What a repository got.
+
+    Args:
+        text_model, tokens_model: names of the models.
+        model: the folder with the weights, which must stay where it is.
+    """
+
+    repository: Path
+    text_model: str
+    tokens_model: str
+    model: Path
+
+
+def export_triton(config: TritonConfig) -> ExportedModels:
+    """Writes the repository; loads no weights.
+
+    Raises:
+        ModelError: the model cannot be used, or its tokenizer not without transformers.
+        UsageError: a runtime that cannot serve, a name that Triton does not take, or models that exist.
+    """
+    target = resolve_target(config.model, scheme=config.scheme)
+    runtime = target.candidate.runtime
+    if not issubclass(runtime_for(runtime, target.candidate.scheme), InFlightRuntime):
+        raise UsageError(f"the {runtime} runtime cannot serve: it takes no requests while others run; use native")
+    device = "cuda" if config.gpus or config.mig else resolve_device(config.device, runtime)
+    tokenizer = getattr(load_tokenizer(target.source), "backend_tokenizer", None)
+    if tokenizer is None:
+        raise TokenizerError(f"{target.source} has no fast tokenizer, which Triton needs: add its tokenizer.json")
+    runtime_config = runtime_config_of(config, target, device, config.output)
+    export = TritonExport(
+        name=config.name or model_name(target).replace("/", "-"),
+        runtime=runtime,
+        config=replace(runtime_config, model=runtime_config.model.resolve(), num_threads=config.threads),
+        tokenizer=tokenizer.to_str(),
+        instances=config.instances,
+        gpus=(config.gpus or (0,)) if device == "cuda" and not config.mig else (),
+        mig=config.mig or (),
+        python=config.python or sys.executable,
+    )
+    write_repository(export, config.output)
+    return ExportedModels(config.output, export.name, export.tokens_model, export.config.model)

@@ -1,0 +1,86 @@
+"""`serve`: one model behind the OpenAI API and KServe v2, the engine in a process of its own."""
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from hasten.pipeline.config import ServeConfig
+from hasten.pipeline.device import resolve_device
+from hasten.pipeline.progress import OnProgress, Schedule, silent
+from hasten.pipeline.served_model import model_name, runtime_config_of
+from hasten.pipeline.target import resolve_target
+from hasten.runtimes.base import EngineFacts
+from hasten.runtimes.text import load_tokenizer
+from hasten.serve.access import ApiKeys
+from hasten.serve.app import HttpLimits, make_app
+from hasten.serve.engine_client import EngineClient
+from hasten.serve.kserve_grpc import grpc_serving
+from hasten.serve.logs import configure_logs
+from hasten.serve.server import Listen, address_of, bound
+from hasten.serve.server import serve as run_server
+from hasten.serve.service import Service, ServiceLimits
+from hasten.serve.tokenizer import ServeTokenizer
+
+
+@dataclass(frozen=True)
+class ServerReady:
+    """A server that takes requests: where, under which name, and what is behind it."""
+
+    address: str
+    grpc_address: str | None
+    model_name: str
+    has_chat_template: bool
+    facts: EngineFacts
+
+
+OnReady = Callable[[ServerReady], object]
+
+
+def serve(config: ServeConfig, on_ready: OnReady, on_progress: OnProgress = silent) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError: the address, the keys, the certificate or another option cannot be used.
+        ModelError, ResourceError: the model cannot be loaded.
+    """
+    keys = ApiKeys.read(config.api_key_file) if config.api_key_file is not None else None
+    target = resolve_target(config.model, scheme=config.scheme)
+    device = resolve_device(config.device, target.candidate.runtime)
+    listen = Listen(config.host, config.port, config.tls_cert, config.tls_key, config.drain_timeout_s, config.grpc_port)
+    http = HttpLimits(keys, config.cors_origin, config.max_body_bytes, config.log_prompts)
+    configure_logs(config.log_format)
+
+    async def run() -> None:
+        on_loading = until_ready.enter_context(Schedule(on_progress).loading(target.candidate.name))
+        client = EngineClient(target.candidate.runtime, runtime_config, on_progress=on_loading)
+        loading = asyncio.create_task(client.start())
+        name = config.served_model_name or model_name(target)
+        async with AsyncExitStack() as servers:
+            try:
+                tokenizer = ServeTokenizer(await asyncio.to_thread(load_tokenizer, target.source))
+                service = Service(client, tokenizer, name, ServiceLimits(config.max_queue, config.request_timeout_s))
+                grpc_address = await servers.enter_async_context(grpc_serving(service, listen, http))
+            except BaseException:
+                loading.cancel()
+                await asyncio.wait((loading,))
+                raise
+
+            def ready() -> None:
+                until_ready.close()
+                address = address_of(listener, listen)
+                on_ready(ServerReady(address, grpc_address, name, tokenizer.has_chat_template, client.facts))
+
+            await run_server(service, make_app(service, http), listener, listen, loading, ready)
+
+    with (
+        bound(listen) as listener,
+        tempfile.TemporaryDirectory(prefix="hasten-serve-") as folder,
+        ExitStack() as until_ready,
+    ):
+        runtime_config = runtime_config_of(config, target, device, Path(folder) / "artifact")
+        uvloop.run(run())

@@ -1,0 +1,179 @@
+"""The engine process: loads a runtime and steps it, for the API process at the other end of a socket.
+
+Run as `python -m hasten.serve.engine_process FD`. One thread reads commands, the main thread
+submits and steps, one thread encodes and sends, so that neither a slow API process nor encoding
+delays a step. A closed socket, also that of a parent that died, ends the process at once, whatever
+it is doing; SIGINT and SIGTERM are ignored, because the parent decides what they mean.
+
+Every submitted request ends in events with a finish_reason, unless the process dies first; then
+the client makes them (`engine_client`).
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import BinaryIO
+
+from hasten.errors import HastenError, RequestError, UsageError
+from hasten.request import Request, TokenEvent
+from hasten.runtimes.base import EngineStats, InFlightRuntime
+from hasten.runtimes.continuation import error_events
+from hasten.runtimes.protocol import Failed, Load, LoadingReporter, decoder, frame, read_message
+from hasten.runtimes.registry import runtime_for
+from hasten.serve.messages import Abort, Ready, Step, Submit, ToEngine
+
+MAX_UNSENT_EVENTS = 1 << 18
+"""Events that may wait to be sent while others are on their way, about 100 MB in all. That is nine seconds of a
+GPU's 28,000 tokens/s: who does not read for so long is stuck, and until it reads again steps wait as well."""
+
+MAX_FAILED_STEPS = 3
+"""Steps that may fail one after the other: a device that is lost fails in all of them, and needs a new process."""
+
+
+class StepSender:
+    """Sends the results of steps from another thread; what comes while it sends goes together in one message."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._events: list[TokenEvent] = []
+        self._stats: EngineStats | None = None
+        self._changed = threading.Condition()
+
+    def put(self, events: Sequence[TokenEvent], stats: EngineStats) -> None:
+        """Hands over what is to be sent; waits while more than MAX_UNSENT_EVENTS are unsent."""
+        with self._changed:
+            while len(self._events) > MAX_UNSENT_EVENTS:
+                self._changed.wait()
+            self._events += events
+            self._stats = stats
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Sends, for ever, in the thread that calls it."""
+        while True:
+            with self._changed:
+                while self._stats is None:
+                    self._changed.wait()
+                events, self._events = self._events, []
+                stats, self._stats = self._stats, None
+                self._changed.notify_all()
+            self._channel.sendall(frame(Step(tuple(events), stats)))
+
+
+class EngineLoop:
+    """Submits, aborts and steps in the thread that calls `run`."""
+
+    def __init__(self, runtime: InFlightRuntime, commands: SimpleQueue[ToEngine], sender: StepSender) -> None:
+        self._runtime = runtime
+        self._commands = commands
+        self._sender = sender
+        self._num_failed_steps = 0
+
+    def run(self) -> None:
+        """Runs until steps fail again and again; raises what the last of them raised."""
+        while True:
+            events: list[TokenEvent] = []
+            while not self._commands.empty() or not (events or self._runtime.has_unfinished):
+                events += self._execute(self._commands.get())
+            if self._runtime.has_unfinished:
+                events += self._step()
+            self._sender.put(events, self._runtime.stats())
+
+    def _execute(self, command: ToEngine) -> list[TokenEvent]:
+        """Obeys; returns the ends of a request that was refused."""
+        if isinstance(command, Submit):
+            return self._submit(command.request)
+        if isinstance(command, Abort):
+            self._runtime.cancel(command.request_id)
+        return []
+
+    def _submit(self, request: Request) -> list[TokenEvent]:
+        try:
+            self._runtime.submit(request)
+        except RequestError as error:
+            return error_events([(request, str(error))], time.perf_counter())
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"the engine cannot take this request: {type(error).__name__}: {error}"
+            return error_events([(request, reason)], time.perf_counter())
+        return []
+
+    def _step(self) -> list[TokenEvent]:
+        try:
+            events = self._runtime.step()
+        except Exception:
+            traceback.print_exc()
+            self._num_failed_steps += 1
+            if self._num_failed_steps == MAX_FAILED_STEPS:
+                raise
+            return []
+        if any(event.token_id is not None for event in events):
+            self._num_failed_steps = 0
+        return events
+
+
+def serve(channel: socket.socket) -> None:
+    """Loads the runtime that the first command names and runs it until the channel is closed."""
+    commands: SimpleQueue[ToEngine] = SimpleQueue()
+    _start_thread(_read_commands, channel.makefile("rb"), commands)
+    load = commands.get()
+    assert isinstance(load, Load), "the client loads first"
+    try:
+        found = runtime_for(load.runtime, load.config.scheme)
+        if not issubclass(found, InFlightRuntime):
+            raise UsageError(
+                f"the {load.runtime} runtime cannot serve: it takes no requests while others run; use native"
+            )
+        runtime = found(load.config, LoadingReporter(lambda loading: channel.sendall(frame(loading))))
+    except Exception as error:
+        if not isinstance(error, HastenError):
+            traceback.print_exc()
+        channel.sendall(frame(Failed.of(error)))
+        return
+    runtime.expect_grammars()  # the first request with one should not wait for the tokenizer
+    channel.sendall(frame(Ready(runtime.facts)))
+    sender = StepSender(channel)
+    _start_thread(sender.run)
+    EngineLoop(runtime, commands, sender).run()
+
+
+def _read_commands(pipe: BinaryIO, commands: SimpleQueue[ToEngine]) -> None:
+    """Queues commands until the socket is closed."""
+    messages = decoder(ToEngine)
+    while (command := read_message(pipe, messages)) is not None:
+        commands.put(command)
+
+
+def _start_thread(target: Callable[..., None], *args: object) -> None:
+    """Runs a function beside the steps, and ends the process when it returns or raises: then nobody listens."""
+
+    def run() -> None:
+        code = 0
+        try:
+            target(*args)
+        except Exception as error:
+            if not isinstance(error, ConnectionError):  # which says that the parent has died
+                traceback.print_exc()
+                code = 1
+        os._exit(code)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def main() -> None:
+    """Takes over the socket, then serves."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)  # or a child of this process could keep it open
+    serve(channel)
+
+
+if __name__ == "__main__":
+    main()

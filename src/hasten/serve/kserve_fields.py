@@ -1,0 +1,132 @@
+"""What a request of the Open Inference Protocol may hold beside its protocol: names, types, ranges, defaults.
+
+The names are those of Triton's LLM models, and of the one that `hasten export triton` writes; the defaults are
+those of SamplingParams. Each field is a parameter and, if it has a Spec, an input tensor too. Like with Triton's
+vLLM models, numbers may be strings.
+
+Not here: which model takes what (`kserve_models`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from hasten.errors import RequestError
+from hasten.request import SamplingParams
+from hasten.serve.kserve_tensors import FLOATS, INTEGERS, Tensor
+from hasten.serve.openai_models import INT32, MAX_STOPS, StopText, TokenId
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Datatype and shape of a tensor; -1 is any size."""
+
+    datatype: str
+    shape: tuple[int, ...] = (1,)
+
+    def check(self, tensor: Tensor) -> None:
+        """Raises RequestError unless the tensor fits, as it is or with one more leading dimension of 1."""
+        family = next((kinds for kinds in (INTEGERS, FLOATS) if self.datatype in kinds), (self.datatype,))
+        if tensor.datatype not in family:
+            raise RequestError(f"{tensor.name} is {tensor.datatype[:40]} and must be {' or '.join(family)}")
+        if not self._fits(tensor.shape) and not (tensor.shape[:1] == (1,) and self._fits(tensor.shape[1:])):
+            raise RequestError(f"{tensor.name} has the shape {str(list(tensor.shape))[:80]}, not {list(self.shape)}")
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.shape == (1,)
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        return len(shape) == len(self.shape) and all(
+            want in (-1, got) for want, got in zip(self.shape, shape, strict=True)
+        )
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Inference(BaseModel, ABC):
+    """What both models take beside the prompt. A field with a Spec is an input tensor, the others are parameters."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    max_tokens: Annotated[int | None, Spec("INT32")] = Field(
+        None, ge=1, le=INT32, description="128 if absent, or what fits"
+    )
+    temperature: Annotated[float, Spec("FP32")] = Field(0.0, ge=0, le=100, description="0 is greedy")
+    top_k: Annotated[int, Spec("INT32")] = Field(0, ge=-1, le=INT32, description="0 and -1 are off")
+    top_p: Annotated[float, Spec("FP32")] = Field(1.0, gt=0, le=1)
+    min_p: Annotated[float, Spec("FP32")] = Field(0.0, ge=0, le=1)
+    repetition_penalty: Annotated[float, Spec("FP32")] = Field(1.0, ge=0.01, le=100)
+    presence_penalty: Annotated[float, Spec("FP32")] = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Annotated[float, Spec("FP32")] = Field(0.0, ge=-2, le=2)
+    seed: Annotated[int | None, Spec("INT64")] = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop_token_ids: Annotated[list[TokenId], Spec("INT32", (-1,))] = Field([], max_length=1024)
+    ignore_eos: Annotated[bool, Spec("BOOL")] = False
+    stream: Annotated[bool | None, Spec("BOOL")] = Field(None, description="a response a piece; where it is possible")
+    exclude_input_in_output: Annotated[bool, Spec("BOOL")] = Field(True, description="false is not supported")
+    sampling_parameters: Annotated[str | None, Spec("BYTES")] = Field(None, description="a JSON object of the others")
+    priority: int = Field(0, ge=-INT32, le=INT32, description="where requests wait, lower goes first")
+    timeout: int = Field(0, ge=0, le=2**63 - 1, description="microseconds; 0 is the server's own limit")
+
+    @property
+    @abstractmethod
+    def prompt(self) -> str | list[int]:
+        """Text or its token ids."""
+
+    def check_unary(self) -> None:
+        """Raises RequestError for a stream, where there is one response."""
+        if self.stream:
+            raise RequestError("stream must be false or absent here: use generate_stream or ModelStreamInfer")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return ()
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """As the engine takes it. Raises RequestError."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k if self.top_k > 0 else None,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            stop=self.stop_texts,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class TextInference(Inference):
+    """Text in, text out."""
+
+    text_input: Annotated[str, Spec("BYTES")]
+    stop_words: Annotated[
+        list[StopText], BeforeValidator(_as_list), Field(max_length=MAX_STOPS), Spec("BYTES", (-1,))
+    ] = []
+
+    @property
+    def prompt(self) -> str:
+        return self.text_input
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(self.stop_words)
+
+
+class TokenInference(Inference):
+    """Token ids in, token ids out."""
+
+    input_ids: Annotated[list[Annotated[TokenId, Strict()]], Spec("INT32", (-1,))]
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.input_ids

@@ -1,0 +1,54 @@
+"""`hasten serve` as a process, as users start it, on the model that ships."""
+
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
+START_TIMEOUT_S = 120
+
+
+class ServeProcess:
+    """`hasten serve` on a free port.
+
+    Attributes:
+        url: its address.
+        lines: of its stderr so far.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "hasten", "serve", str(MODEL), "--port", "0", "--device", "cpu", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self.url = ""
+        self._is_ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self) -> "ServeProcess":
+        assert self._is_ready.wait(START_TIMEOUT_S), "".join(self.lines)
+        assert self.url, "".join(self.lines)
+        return self
+
+    def wait(self, timeout_s: float = 30) -> int:
+        """Its exit status; all of its stderr is in `lines` then."""
+        status = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"^OpenAI API +(\S+)/v1$", line):
+                self.url = found.group(1)
+            if line.startswith("try it"):
+                self._is_ready.set()
+        self._is_ready.set()

@@ -1,0 +1,36 @@
+"""NVIDIA's tritonserver out of the wheel nvidia-pytriton, in a virtual environment that is kept between runs."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VENV = ROOT / "build" / f"triton-venv-3.{sys.version_info.minor}"
+
+# without their dependencies: pytriton's own Python part is not used, and tokenizers needs nothing to run
+REQUIREMENTS = ("nvidia-pytriton==0.7.0", "numpy==1.26.4", "msgspec==0.22.0", "psutil==7.2.2", "tokenizers==0.23.3")
+
+
+def triton_venv() -> Path:
+    """The environment, made if it is not there. The server's Python is the one that runs the tests."""
+    library = f"libpython3.{sys.version_info.minor}.so.1.0"
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        raise AssertionError(f"{error}: apt-get install libpython3.{sys.version_info.minor}") from error
+    wanted = VENV / "requirements"
+    if not (wanted.is_file() and wanted.read_text().split() == list(REQUIREMENTS)):
+        shutil.rmtree(VENV, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-deps"]
+        subprocess.run([*pip, *REQUIREMENTS], check=True)
+        wanted.write_text("\n".join(REQUIREMENTS))
+    return VENV
+
+
+def triton_environment() -> dict[str, str]:
+    """Ours, with the server in it."""
+    return os.environ | {"TRITON_VENV": str(triton_venv())}
