@@ -23,6 +23,10 @@ def short_server() -> Iterator[ServeProcess]:
 
 
 def test_made_up_requests_are_answered(short_server: ServeProcess, tmp_path: Path) -> None:
+    # a made-up request may ask for no more than some microseconds, and 504 is the answer to that
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n'
+    )
     command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{short_server.url}/openapi.json"]
     options = ["--checks", CHECKS, "--phases", "coverage,fuzzing", "-n", str(CASES_A_ROUTE), "--seed", "1"]
     limits = ["--request-timeout", "30", "--suppress-health-check", "all", "--no-color", "--continue-on-failure"]
@@ -32,4 +36,4 @@ def test_made_up_requests_are_answered(short_server: ServeProcess, tmp_path: Pat
     statuses = [int(found.group(1)) for line in short_server.lines if (found := re.search(r" status=(\d+) ", line))]
     assert len(statuses) > 10 * CASES_A_ROUTE
     assert {200, 400} <= set(statuses)
-    assert not [status for status in statuses if status >= 500 and status != 503]  # 503 while it loaded
+    assert {status for status in statuses if status >= 500} <= {503, 504}  # 503 while it loaded

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from absent import absent
 from playwright.sync_api import Browser, Error, Page, Route, expect, sync_playwright
 from serve_process import ServeProcess
 
@@ -40,7 +41,9 @@ def browser() -> Iterator[Browser]:
                 executable_path=shutil.which("chromium") or shutil.which("chromium-browser"), args=FLAGS
             )
         except Error as error:
-            pytest.fail(f"no Chromium: apt-get install chromium, or playwright install chromium\n{error}")
+            absent(
+                f"no Chromium: apt-get install chromium, or playwright install chromium ({str(error).splitlines()[0]})"
+            )
         yield started
         started.close()
 
