@@ -36,12 +36,23 @@ async def listen(tokens_model: str, instance: str, open_stream: OpenStream) -> a
     """Serves requests of NAME from an instance's engine.
 
     Raises:
-        OSError: the folder for temporary files cannot be written.
+        OSError: the folder for temporary files cannot be written, or ours in it is another user's.
     """
-    path = _folder(tokens_model) / instance
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = _folder(tokens_model)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _check_owner(folder)
+    path = folder / instance
     path.unlink(missing_ok=True)
     return await asyncio.start_unix_server(partial(_answer, open_stream), path)
+
+
+def close(server: asyncio.Server) -> None:
+    """Listens no more; with the last instance the folder goes."""
+    path = Path(server.sockets[0].getsockname())
+    server.close()
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others have their sockets in it
+        path.parent.rmdir()
 
 
 async def stream(tokens_model: str, request: Request) -> EventStream:
@@ -69,7 +80,10 @@ async def stream(tokens_model: str, request: Request) -> EventStream:
 
 async def _connect(tokens_model: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     folder = _folder(tokens_model)
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = []
+    if folder.is_dir():
+        _check_owner(folder)
+        paths = sorted(folder.iterdir())
     first = next(_turns)
     for number in range(len(paths)):
         with contextlib.suppress(ConnectionRefusedError):  # of an instance that is gone
@@ -103,4 +117,10 @@ async def _send(open_stream: OpenStream, request: Request, writer: asyncio.Strea
 
 def _folder(tokens_model: str) -> Path:
     """Where the instances' sockets are; the parent of a model's process is the server."""
-    return Path(tempfile.gettempdir()) / f"hasten-triton-{os.getuid()}" / f"{os.getppid()}-{tokens_model}"
+    return Path(tempfile.gettempdir()) / f"hasten-triton-{os.getppid()}-{tokens_model}"
+
+
+def _check_owner(folder: Path) -> None:
+    """Anyone may make a folder of this name before us, and would get the prompts."""
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: remove it")

@@ -45,8 +45,7 @@ class TritonPythonModel(StreamingModel):
         self._server = await triton_link.listen(self.name, self.instance, self._stream)
 
     async def close(self) -> None:
-        Path(self._server.sockets[0].getsockname()).unlink()
-        self._server.close()
+        triton_link.close(self._server)
         await self._client.close()
 
     async def answer(self, request: Any, sender: Any) -> Any:
