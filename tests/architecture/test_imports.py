@@ -121,3 +121,8 @@ def test_importing_hasten_is_light(statement: str) -> None:
 @pytest.mark.parametrize("module", ["artifact", "hardware", "hub", "report", "pipeline.doctor", "serve.engine_client"])
 def test_modules_that_must_work_without_torch(module: str) -> None:
     assert "torch" not in loaded_after(f"import hasten.{module}")
+
+
+def test_the_engine_starts_without_transformers() -> None:
+    """Its import takes longer than loading a model of 8 billion weights."""
+    assert "transformers" not in loaded_after("import hasten.runtimes.native")
