@@ -24,7 +24,8 @@ from hasten.quantization.rtn import quantize, quantize_fp8
 from hasten.request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 MODELS = {
     "llama": ("llama", {}),

@@ -5,7 +5,8 @@ import torch
 
 from elementwise_checks import check_fp8_rows, check_late_scales, check_norm_and_silu_mul, check_rotate_and_write
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

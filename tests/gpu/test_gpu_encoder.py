@@ -8,7 +8,8 @@ import torch
 from hasten.models.encoder import load_encoder
 from tiny_encoders import make_encoder
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 INPUTS = [[*range(5, 5 + length)] for length in (7, 1, 64, 7, 3, 33)]
 

@@ -17,7 +17,8 @@ from hasten.models.load import load_decoder
 from hasten.request import Grammar
 from hasten.runtimes.text import load_tokenizer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 SCHEMA = {
     "type": "object",

@@ -14,7 +14,8 @@ from hasten.request import Request, SamplingParams
 from hasten.runtimes.base import RuntimeConfig
 from hasten.runtimes.process import RuntimeProcess
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 STEPS = 16

@@ -10,7 +10,8 @@ from hasten.engine.sequence import uniform
 from hasten.request import SamplingParams
 from sampling_checks import check_drawn_token
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 VOCAB_SIZES = [32000, 128256, 151936]
 SAMPLINGS = [

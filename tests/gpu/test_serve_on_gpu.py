@@ -17,7 +17,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 from serve_process import ServeProcess
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 MESSAGES = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
 LONG = {"prompt": "The", "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -48,9 +49,10 @@ def events(url: str, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def metric(url: str, name: str) -> float:
+def metric(url: str, name: str, label: str = "") -> float:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"hasten:{name}{{")))
+    found = (line for line in lines if line.startswith(f"hasten:{name}{{") and label in line)
+    return float(next(found).rpartition(" ")[2])
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -101,11 +103,13 @@ def test_schemas_hold_beside_requests_without_one(server: ServeProcess) -> None:
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: ServeProcess) -> None:
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as answer:
+    before = metric(server.url, "generation_tokens_total")
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 16}, timeout=120) as answer:
         next(answer.iter_lines())
-        wait_for(lambda: metric(server.url, "num_requests_running") == 1)
+    wait_for(lambda: metric(server.url, "request_success_total", 'finished_reason="abort"') > 0)
     wait_for(lambda: metric(server.url, "num_requests_running") == 0, 10)
     assert metric(server.url, "kv_cache_usage_perc") == 0
+    assert metric(server.url, "generation_tokens_total") - before < 16 * 1500
 
 
 def test_a_killed_engine_gives_its_memory_back_and_sigterm_drains() -> None:

@@ -8,7 +8,8 @@ import torch
 from hasten.models.staging import FilePart, FileStager
 from hasten.quantization.rtn import quantize, quantize_fp8
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 5])

@@ -5,12 +5,13 @@ back until the next token decides. The pieces of a continuation, joined, are its
 text.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import transformers
 
 from hasten.errors import RequestError, TokenizerError
 from hasten.request import Completion, FinishReason, Request, TokenEvent
@@ -20,6 +21,7 @@ from hasten.runtimes.stop_strings import StopMatcher
 
 MAX_WINDOW_TOKENS = 16
 KEPT_WINDOW_TOKENS = 4
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 REPLACEMENT = "\ufffd"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -35,7 +37,7 @@ def load_tokenizer(path: Path) -> Any:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(f"{path} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} must be there")
     try:
-        return AutoTokenizer.from_pretrained(
+        return _tokenizer_class(path).from_pretrained(
             path,
             local_files_only=True,
             trust_remote_code=False,
@@ -44,6 +46,20 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:  # the Rust tokenizers raise bare Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TokenizerError(f"the tokenizer in {path} cannot be read: {reason}") from error
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """AutoTokenizer, or what it would choose where that is known: its import takes two seconds.
+
+    It is known of Llama models; of some other types transformers mistrusts the class that the folder names.
+    """
+    try:
+        named = [json.loads((path / name).read_bytes()) for name in ("config.json", "tokenizer_config.json")]
+        model_type, tokenizer_class = named[0]["model_type"], named[1]["tokenizer_class"]
+        is_generic = tokenizer_class in GENERIC_CLASSES and "auto_map" not in named[1]
+    except (OSError, ValueError, KeyError, TypeError):
+        return transformers.AutoTokenizer
+    return transformers.PreTrainedTokenizerFast if is_generic and model_type == "llama" else transformers.AutoTokenizer
 
 
 def complete(

@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hasten.errors import RequestError, TokenizerError
 from hasten.request import Request, SamplingParams
@@ -24,6 +25,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = byte_tokenizer()
+SHIPPED = Path(__file__).parents[3] / "examples" / "models" / "tiny-llama"
 
 
 @given(st.text(max_size=60))
@@ -145,3 +147,20 @@ def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, content: str) -> Non
 def test_a_tokenizer_is_loaded(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode("añ") == TOKENIZER.encode("añ")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizer", None])
+def test_a_tokenizer_is_the_one_that_transformers_chooses(
+    tmp_path: Path, model_type: str, tokenizer_class: str | None
+) -> None:
+    config = json.loads((SHIPPED / "tokenizer_config.json").read_bytes()) | {"tokenizer_class": tokenizer_class}
+    (tmp_path / "tokenizer.json").write_bytes((SHIPPED / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    text = "def add(a, b):\n    return a + b  # añ <|user|>"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
