@@ -10,6 +10,8 @@ MODEL := examples/models/tiny-llama
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --no-compile
+# pip leaves compiling to the first import, which must then be kept: else every process compiles torch again
+export PYTHONDONTWRITEBYTECODE :=
 # processes that run tests; on a GPU, one
 WORKERS ?= 2
 # a CUDA build of torch that the system already has is kept; the tested build is for CPUs
