@@ -147,6 +147,7 @@ def test_closing_a_stream_aborts_and_others_go_on(scripted: Callable[..., Engine
             other = asyncio.create_task(read(client, request("other", (scripted_engine.SLOW,), 50)))
             stream = client.stream(request("r", max_tokens=ENDLESS))
             await anext(stream)
+            await until(lambda: client.stats.num_running == 2)
             with pytest.raises(RequestError, match="a request with this id is running"):
                 client.stream(request("r"))
             await stream.aclose()
