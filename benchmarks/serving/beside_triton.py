@@ -11,6 +11,7 @@ of the three changes from round to round, and each round's shares are of its own
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -28,6 +29,7 @@ import psutil
 from served_setup import SHAPES, write_tokenizer
 from servers import Server
 
+from hasten import hardware
 from hasten.bench.endpoints import Endpoint, KServeEndpoint, OnlineRequest, OpenAIEndpoint
 from hasten.bench.http_stream import Address
 from hasten.bench.load import LoadGenerator
@@ -133,7 +135,8 @@ def table(values: dict[str, Any]) -> str:
     """As Markdown: medians with their extremes; shares of each round's completions."""
     given = values["given"]
     load = f"{given['concurrency']} clients, {given['prompt_tokens']} words in, {given['new_tokens']} tokens out"
-    lines = [f"{values['created_at']}, {values['model']} on {given['device']}, {load}.", ""]
+    engine = given["device"] if given["threads"] is None else f"{given['device']}, {given['threads']} threads"
+    lines = [f"{values['created_at']}, {values['model']} on {engine}, {load}.", ""]
     lines += ["| way | tokens/s | of hasten's completions | TTFT, ms | CPU time a token, µs |", "|---|---|---|---|---|"]
     by_way: dict[str, list[dict[str, Any]]] = {}
     for sample in values["samples"]:
@@ -209,6 +212,7 @@ def main() -> None:
     values = {
         "created_at": now.isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
+        "environment": dataclasses.asdict(hardware.probe(with_bandwidth=False)),
         "model": given.shape or given.model.name,
         "given": facts | {"new_tokens": given.new_tokens, "scheme": given.scheme},
         "samples": samples,

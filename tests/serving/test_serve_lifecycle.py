@@ -193,7 +193,7 @@ def test_probes_answer_while_the_model_loads_and_what_does_not_end_in_time_is_cu
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    server = ServeProcess("--port", str(port), "--drain-timeout-s", "0.05")
+    server = ServeProcess("--port", str(port), "--drain-timeout-s", "0.05", "--max-num-seqs", "4")
     seen: set[int] = set()
     try:
         end_s = time.monotonic() + 100
@@ -205,13 +205,17 @@ def test_probes_answer_while_the_model_loads_and_what_does_not_end_in_time_is_cu
         assert 200 in seen
         assert seen <= {200, 503}
         with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(stream, url, LONG) for _ in range(8)]
-            wait_for(lambda: metric(url, "num_requests_running") == 8)
+            answers = [pool.submit(stream, url, LONG) for _ in range(4)]
+            wait_for(lambda: metric(url, "num_requests_running") == 4)
+            waiting = [pool.submit(stream, url, LONG | {"stream": False}) for _ in range(4)]
+            wait_for(lambda: metric(url, "num_requests_waiting") == 4)
             server.process.send_signal(signal.SIGTERM)
             assert server.wait() == 0
             for answer in answers:
-                with contextlib.suppress(httpx.RemoteProtocolError):
-                    assert "[DONE]" not in answer.result()[1]
+                assert '"code":"engine_unavailable"' in answer.result()[1]
+            for answer in waiting:
+                status, text = answer.result()
+                assert (status, json.loads(text)["error"]["code"]) == (503, "engine_unavailable")
     finally:
         server.close()
 

@@ -132,8 +132,10 @@ def _signals(service: Service, server: Server, drain_timeout_s: float) -> Iterat
 
     async def drain() -> None:
         service.drain()
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(service.idle.wait(), drain_timeout_s)
+        except TimeoutError:
+            await service.client.close()  # what runs or waits is answered with an error
         server.should_exit = True
 
     def handle(number: int) -> None:
