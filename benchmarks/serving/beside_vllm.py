@@ -55,7 +55,7 @@ ROUND_S = 120.0  # is left when vLLM is no longer waited for
 ALONE_S = 25.0  # is left for what comes after the rounds
 IDLE_S = 3.0
 SETTLE_S = 2.0  # until nothing of the last turn, or of a process that was killed, is left to be done
-COUNTERS = ("prefix_cache_hits_total", "num_preemptions_total", "generation_tokens_total")
+COUNTERS = ("prompt_tokens_total", "prefix_cache_hits_total", "num_preemptions_total", "generation_tokens_total")
 PACKAGES = ("torch", "transformers", "triton", "fastapi", "uvicorn", "uvloop")
 
 
@@ -152,12 +152,15 @@ class Run:
 
     def read_counters(self) -> None:
         """What would explain a figure: nothing may come from the prefix cache, nothing be preempted."""
+        self._results.values["counters"] = self._counters()
+        self._results.save()
+
+    def _counters(self) -> dict[str, float]:
         with urllib.request.urlopen(f"{self._setup.hasten.url}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        self._results.values["counters"] = {
+        return {
             name: float(line.split()[-1]) for name in COUNTERS for line in lines if line.startswith(f"hasten:{name}")
         }
-        self._results.save()
 
     def _turn(self, index: int, load: Load, measured: Callable[[Load], dict[str, Any]], spare_s: float) -> None:
         """One measurement, if there is time for one that takes as long as the longest of its load so far."""
@@ -166,13 +169,14 @@ class Run:
         if self.left_s < expected_s + spare_s:
             raise OutOfTimeError(f"no time for {name} and what follows")
         scaled = dataclasses.replace(load, new_tokens=max(2, load.new_tokens // self._scale))
-        began_s = time.monotonic()
+        before, began_s = self._counters(), time.monotonic()
         try:
             sample = measured(scaled)
         except (ProcessError, HastenError) as error:
             self._note(f"{name}: {error}")
             return
         self._took_s[load] = max(expected_s, time.monotonic() - began_s)
+        sample |= {name: after - before[name] for name, after in self._counters().items()}
         self._results.add("samples", {"round": index, **dataclasses.asdict(scaled), **sample})
         speed, ttft_ms = sample["tokens"] / sample["seconds"], statistics.median(sample["ttft_ms"])
         gpu_run.say(f"{name} {sample['way']}: {speed:.1f} tok/s, TTFT {ttft_ms:.2f} ms")
