@@ -12,8 +12,6 @@ from hasten.pipeline.config import TritonConfig
 from hasten.pipeline.device import resolve_device
 from hasten.pipeline.served_model import model_name, runtime_config_of
 from hasten.pipeline.target import resolve_target
-from hasten.runtimes.base import InFlightRuntime
-from hasten.runtimes.registry import runtime_for
 from hasten.runtimes.text import load_tokenizer
 
 
@@ -44,13 +42,11 @@ def export_triton(config: TritonConfig) -> ExportedModels:
     if is_encoder(model.config):
         raise UsageError(f"{model.name} is an encoder, which is not exported: hasten serve gives its embeddings")
     runtime = target.candidate.runtime
-    if not issubclass(runtime_for(runtime, target.candidate.scheme), InFlightRuntime):
-        raise UsageError(f"the {runtime} runtime cannot serve: it takes no requests while others run; use native")
     device = "cuda" if config.gpus or config.mig else resolve_device(config.device, runtime)
+    runtime_config = runtime_config_of(config, target, device)
     tokenizer = getattr(load_tokenizer(target.source), "backend_tokenizer", None)
     if tokenizer is None:
         raise TokenizerError(f"{target.source} has no fast tokenizer, which Triton needs: add its tokenizer.json")
-    runtime_config = runtime_config_of(config, target, device, config.output)
     export = TritonExport(
         name=config.name or model_name(target).replace("/", "-"),
         runtime=runtime,

@@ -1,11 +1,9 @@
 """`serve`: one model behind the OpenAI API, and KServe v2 where it generates; the engine in a process of its own."""
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvloop
 
@@ -86,10 +84,6 @@ def serve(config: ServeConfig, on_ready: OnReady, on_progress: OnProgress = sile
             app = make_app(service, http) if sentence is None else make_embedding_app(service, http)
             await run_server(service, app, listener, listen, loading, ready)
 
-    with (
-        bound(listen) as listener,
-        tempfile.TemporaryDirectory(prefix="hasten-serve-") as folder,
-        ExitStack() as until_ready,
-    ):
-        runtime_config = runtime_config_of(config, target, device, Path(folder) / "artifact")
+    with bound(listen) as listener, ExitStack() as until_ready:
+        runtime_config = runtime_config_of(config, target, device)
         uvloop.run(run())

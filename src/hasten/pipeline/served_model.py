@@ -1,7 +1,6 @@
 """What is settled about a model before it is served, by `serve` and by `export triton`."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from hasten.artifact import inspect
 from hasten.bench.result import Candidate
@@ -11,8 +10,7 @@ from hasten.hardware import count_cpus
 from hasten.models.encoder_config import ENCODERS, is_encoder
 from hasten.pipeline.config import ServeConfig, TritonConfig
 from hasten.pipeline.device import resolve_device
-from hasten.pipeline.progress import Schedule
-from hasten.pipeline.target import Target, prepared, resolve_target
+from hasten.pipeline.target import Target, resolve_target
 from hasten.runtimes.base import RuntimeConfig
 from hasten.runtimes.registry import serving_runtime
 
@@ -46,28 +44,25 @@ def served_target(config: ServeConfig) -> tuple[Target, str]:
         return target, device
     if config.grpc_port is not None:
         raise UsageError(f"{model.name} is an encoder, which has no gRPC: leave out --grpc-port")
-    scheme = config.scheme or ENCODER_SCHEMES[device]
-    serving_runtime(ENCODER_RUNTIME, scheme)  # refuses a scheme that it does not run
-    return replace(target, candidate=Candidate(ENCODER_RUNTIME, scheme)), device
+    return replace(target, candidate=Candidate(ENCODER_RUNTIME, config.scheme or ENCODER_SCHEMES[device])), device
 
 
-def runtime_config_of(config: ServeConfig | TritonConfig, target: Target, device: str, out: Path) -> RuntimeConfig:
+def runtime_config_of(config: ServeConfig | TritonConfig, target: Target, device: str) -> RuntimeConfig:
     """How the engine is loaded: by the options, else by an engine folder's profile, else by what the device holds.
 
-    Args:
-        out: where a model is converted to, if its runtime does not read it as it is.
+    Raises:
+        UsageError: the target's runtime cannot serve, or does not run its scheme.
     """
-    max_num_seqs = MAX_NUM_SEQS[device]
+    runtime, scheme = target.candidate.runtime, target.candidate.scheme
+    serving_runtime(runtime, scheme)
+    max_num_seqs = MAX_STEP_INPUTS if runtime == ENCODER_RUNTIME else MAX_NUM_SEQS[device]
     max_model_tokens = min(inspect(target.source).max_context_tokens, MAX_MODEL_TOKENS)
-    is_for_embeddings = target.candidate.runtime == ENCODER_RUNTIME
-    if is_for_embeddings:
-        max_num_seqs = MAX_STEP_INPUTS
     if is_engine_folder(target.path):
         profile = read_engine_manifest(target.path).profile
         max_num_seqs, max_model_tokens = profile.max_num_seqs, profile.max_model_tokens
     return RuntimeConfig(
-        model=target.path if is_for_embeddings else prepared(target, out, Schedule()),
-        scheme=target.candidate.scheme,
+        model=target.path,
+        scheme=scheme,
         max_num_seqs=config.max_num_seqs or max_num_seqs,
         max_model_tokens=config.max_model_tokens or max_model_tokens,
         num_threads=config.threads or count_cpus(),

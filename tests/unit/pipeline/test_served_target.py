@@ -24,7 +24,7 @@ def test_an_encoder_is_served_in_fp32_on_a_cpu(encoder: Path) -> None:
     config = ServeConfig(str(encoder), device="cpu")
     target, device = served_target(config)
     assert (target.candidate.name, device) == ("encoder-fp32", "cpu")
-    assert runtime_config_of(config, target, device, encoder / "unused").model == encoder
+    assert runtime_config_of(config, target, device).model == encoder
     target, _ = served_target(ServeConfig(str(encoder), device="cpu", scheme="bf16"))
     assert target.candidate.scheme == "bf16"
 
@@ -35,8 +35,9 @@ def test_a_model_that_generates_is_served_as_before() -> None:
 
 
 def test_what_an_encoder_cannot_do_is_refused(encoder: Path) -> None:
+    config = ServeConfig(str(encoder), device="cpu", scheme="w8a16")
     with pytest.raises(UsageError, match="does not run scheme 'w8a16'"):
-        served_target(ServeConfig(str(encoder), device="cpu", scheme="w8a16"))
+        runtime_config_of(config, *served_target(config))
     with pytest.raises(UsageError, match="leave out --grpc-port"):
         served_target(ServeConfig(str(encoder), device="cpu", grpc_port=0))
 
