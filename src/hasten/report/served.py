@@ -39,7 +39,9 @@ def served_finding(row: Row) -> str:
     found = f"{name} served over HTTP: {rate} output tokens/s at concurrency {speed.concurrency}"
     if ratio is None:
         return found
-    return f"{found}, {percent(ratio.value)} of its speed without a server{' (a tie)' if ratio.is_tie else ''}"
+    if ratio.is_tie:
+        return f"{found}, a tie with its speed without a server"
+    return f"{found}, {percent(ratio.value)} of its speed without a server"
 
 
 def served_method(row: Row) -> str:

@@ -43,7 +43,7 @@ def test_a_share_within_the_spread_is_a_tie() -> None:
     row = served_row([OFFLINE], synthetic_results.served(OFFLINE, 0.999))
     assert row is not None
     assert next(column for column in served_columns(1) if column.key == "of_offline").cell(row).detail == "tie"
-    assert served_finding(row).endswith("(a tie)")
+    assert served_finding(row).endswith(", a tie with its speed without a server")
 
 
 def test_nothing_served_is_nothing_reported(nine: list[BenchResult], view: ReportView) -> None:
