@@ -16,10 +16,10 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Put results side by side; a ratio counts only where the spreads do not overlap."""
-        from hasten.pipeline.reporting import read_results
+        from hasten.pipeline.reporting import read_results, served_of
         from hasten.report.compare import caveats
 
         measured = read_results(results)
-        terminal.print_comparison(measured, as_json=json)
+        terminal.print_comparison(measured, served=served_of(results[0]), as_json=json)
         for caveat in caveats(measured):
             terminal.note(caveat)

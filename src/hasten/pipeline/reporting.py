@@ -30,6 +30,12 @@ def read_results(paths: Sequence[Path]) -> list[BenchResult]:
     return results
 
 
+def served_of(path: Path) -> BenchResult | None:
+    """What was measured behind a server in a run folder; None for anything else."""
+    run = RunFolder(path)
+    return run.read_served() if run.plan_path.is_file() else None
+
+
 def compare(paths: Sequence[Path]) -> list[Row]:
     """The results in files and run folders side by side; the first is the reference.
 
@@ -47,14 +53,14 @@ def report(config: ReportConfig) -> ReportFiles:
     """
     results = read_results(config.results)
     run = RunFolder(config.results[0])
-    baseline, gate, served = results[0].candidate.name, Gate(), None
+    baseline, gate = results[0].candidate.name, Gate()
     out = config.output or Path("report")
     if run.plan_path.is_file():
         gate = from_mapping(Gate, read_plan(run)["gate"], str(run.plan_path))
         out = config.output or run.path
-        served = run.read_served()
     decision: Decision = decide(results, baseline, gate)
-    return write_report(results, decision, out, Prices(config.price_per_hour, load_tokens_per_s=config.load), served)
+    prices = Prices(config.price_per_hour, load_tokens_per_s=config.load)
+    return write_report(results, decision, out, prices, served_of(run.path))
 
 
 def read_plan(run: RunFolder) -> dict[str, dict[str, object]]:
