@@ -121,13 +121,17 @@ def run_with_native(finished: Finished) -> Path:
 
 
 def test_the_best_native_candidate_is_served_and_measured_over_http(run_with_native: Path, finished: Finished) -> None:
-    served = read_result(run_with_native / "served.json")
+    served, offline = (read_result(run_with_native / name) for name in ("served.json", "served_offline.json"))
     assert served.failure is None
     assert (served.candidate.name, served.config.load is not None) == ("native-w8a16", True)
     assert [(each.concurrency, len(each.requests)) for each in served.runs] == [(1, 1), (2, 2)] * NUM_RUNS
     for request in (request for run in served.runs for request in run.requests):
         assert (request.error, len(request.token_times_s)) == (None, 16)
         assert request.num_prompt_tokens == pytest.approx(32, abs=2)
+    for run, alone in zip(served.runs, offline.runs, strict=True):  # in turns
+        assert (run.concurrency, run.round_index) == (alone.concurrency, alone.round_index)
+        assert run.end_s < alone.start_s
+    assert all(alone.end_s < run.start_s for alone, run in zip(offline.runs, served.runs[1:], strict=False))
     assert served.memory is not None and served.memory.peak_rss_bytes > 100 << 20
     assert "native-w8a16 served over HTTP: " in finished.done.stdout
     for name in ("report.html", "PERFORMANCE_REPORT.md"):
@@ -150,13 +154,14 @@ def test_a_resumed_run_keeps_what_was_served_and_a_server_that_dies_loses_nothin
     }
     config = OptimizeConfig(model=str(MODEL), schemes=("w8a16",), output=run, **lengths)
     before = (run / "served.json").read_bytes()
-    assert optimize(config).served == read_result(run / "served.json")
+    resumed = optimize(config).served
+    assert resumed is not None and resumed.over_http == read_result(run / "served.json")
     assert (run / "served.json").read_bytes() == before
     (run / "served.json").unlink()
     outcome = optimize(config)
     assert outcome.decision.pick is not None
-    assert outcome.served is not None and outcome.served.failure is not None
-    sentence = f"native-w8a16 was not measured behind a server: {outcome.served.failure}"
+    assert outcome.served is not None and outcome.served.over_http.failure is not None
+    sentence = f"native-w8a16 was not measured behind a server: {outcome.served.over_http.failure}"
     assert "SIGKILL" in sentence
     assert sentence in unescape((run / "report.html").read_text())
 

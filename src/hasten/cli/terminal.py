@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hasten.bench.pick import Decision
     from hasten.bench.result import BenchResult
+    from hasten.bench.served import Served
     from hasten.pipeline.plan import Plan
     from hasten.pipeline.progress import OnProgress, Progress
     from hasten.report.columns import Cell
@@ -126,7 +127,7 @@ def print_plan(plan: "Plan", run_path: Path, as_json: bool) -> None:
 def print_comparison(
     results: Sequence["BenchResult"],
     decision: "Decision | None" = None,
-    served: "BenchResult | None" = None,
+    served: "Served | None" = None,
     *,
     as_json: bool = False,
 ) -> None:
@@ -136,7 +137,7 @@ def print_comparison(
     from hasten.report.served import served_columns, served_row
 
     rows = comparison_rows(results, decision)
-    over_http = served_row(results, served)
+    over_http = served_row(served)
     levels = measured_concurrency(rows) or (1,)
     is_throughput = decision is not None and decision.gate.target == "throughput"
     columns = table_columns(rows, judged_concurrency=levels[-1 if is_throughput else 0])

@@ -3,6 +3,7 @@
 import datetime
 import math
 from collections import Counter
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -34,10 +35,15 @@ WORDS_PER_TOKEN = 0.75  # of English, where the server does not count
 NOT_TOLD = "a server does not tell"
 
 
-def bench_online(config: OnlineConfig, on_progress: OnProgress = silent) -> BenchResult:
+def bench_online(
+    config: OnlineConfig, on_progress: OnProgress = silent, on_run: Callable[[BenchRun], object] = lambda run: None
+) -> BenchResult:
     """Measures TTFT, ITL, throughput and goodput of a server at each concurrency or at one rate.
 
     Ctrl-C lets the requests under way finish and returns what is measured; a second one at once.
+
+    Args:
+        on_run: gets each measured run; the next begins when it returns.
 
     Raises:
         UsageError, EndpointError: the server cannot be used as the options say.
@@ -65,6 +71,7 @@ def bench_online(config: OnlineConfig, on_progress: OnProgress = silent) -> Benc
         with LoadGenerator(address, found.endpoint, config.clients or count_cpus()) as generator:
             for run in measure_server(generator, plan, source, meter, lambda moment: _show(schedule, moment)):
                 runs.append(run)
+                on_run(run)
     except KeyboardInterrupt:
         if not runs:
             raise

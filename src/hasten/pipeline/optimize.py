@@ -20,6 +20,7 @@ from hasten.bench.offline import Progress as Measuring
 from hasten.bench.offline import measure
 from hasten.bench.pick import Decision, best_of_runtime, decide
 from hasten.bench.result import BenchConfig, BenchResult, Footprint, Memory, ProfileResult
+from hasten.bench.served import Served
 from hasten.bench.workload import PlannedRun
 from hasten.errors import HastenError, RuntimeFailedError
 from hasten.evaluate.quality import Reference, evaluate, evaluate_baseline
@@ -31,7 +32,7 @@ from hasten.pipeline.config import OptimizeConfig
 from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
 from hasten.pipeline.device import probe_for, resolve_device
 from hasten.pipeline.doctor import Check, check_conditions
-from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick, model_tokens
+from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
 from hasten.pipeline.plan import (
     BASELINE_RUNTIME,
     SERVED_RUNTIME,
@@ -85,7 +86,7 @@ class Outcome:
     run_path: Path
     results: tuple[BenchResult, ...]
     decision: Decision
-    served: BenchResult | None
+    served: Served | None
 
 
 def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
@@ -177,8 +178,7 @@ class _Optimization:
         results = tuple(self._results.values())
         decision = decide(results, self._plan.baseline, self._prepared.config.gate)
         native = best_of_runtime(results, decision, SERVED_RUNTIME)
-        self._keep(decision, native)
-        served = self._serve(native)
+        served = self._serve(self._keep(decision, native))
         with self._schedule.step("report", "tables and pictures"):
             config = self._prepared.config
             prices = Prices(config.price_per_hour, load_tokens_per_s=config.load)
@@ -356,12 +356,17 @@ class _Optimization:
         decode = profile_gpu_decode(process, prompt, self._run.scratch_path / f"{name}.trace.json.gz")
         return None if decode is None else decode.result(process.weight_bytes_per_token, bandwidth)
 
-    def _keep(self, decision: Decision, native: str | None) -> None:
-        """Keeps the winner and the best native candidate, and removes what the others were converted to."""
-        if decision.pick is not None:
-            winner = self._kept(decision.pick, decision)
-            self._run.recommend(winner, self._kept(native, decision) if native else None, self._prepared.model.path)
+    def _keep(self, decision: Decision, native: str | None) -> Kept | None:
+        """Keeps the winner and the best native candidate, which it returns, and removes what the others became."""
+        if decision.pick is None:
+            self._run.clean()
+            return None
+        winner = self._kept(decision.pick, decision)
+        self._run.recommend(winner, self._kept(native, decision) if native else None, self._prepared.model.path)
         self._run.clean()
+        recommended = read_recommended(self._run.path)
+        assert recommended is not None, "just written"
+        return recommended.native
 
     def _kept(self, name: str, decision: Decision) -> Kept:
         """An eligible candidate with its folder: where an earlier run kept it, else as it was converted."""
@@ -374,21 +379,30 @@ class _Optimization:
         self._prepare(name)
         return Kept(candidate, speedup, self._artifacts[name])
 
-    def _serve(self, name: str | None) -> BenchResult | None:
+    def _serve(self, native: Kept | None) -> Served | None:
         """The kept native candidate behind a server, measured unless it was."""
-        if name is None or not self._plan.served_s:
-            self._run.served_path.unlink(missing_ok=True)
+        if native is None or not self._plan.served_s:
+            self._run.forget_served()
             return None
-        offline, known = self._results[name], self._run.read_served()
-        if known is not None and known.failure is None and known.candidate == offline.candidate:
+        offline, known = self._results[native.candidate.name], self._run.read_served()
+        if known is not None and known.over_http.failure is None and known.over_http.candidate == native.candidate:
             return known
-        budget_s, source = self._prepared.config.time_budget, self._prepared.model.path
+        budget_s, prepared = self._prepared.config.time_budget, self._prepared
         left_s = None if budget_s is None else budget_s - self._speed_s
-        max_model_tokens = model_tokens(self._prepared.bench, self._prepared.max_context_tokens)
         try:
-            served = measure_served(offline, self._run, source, max_model_tokens, left_s, self._schedule)
+            served = measure_served(
+                offline,
+                self._run,
+                prepared.model.path,
+                native.artifact,
+                self._yardstick.runs,
+                prepared.max_context_tokens,
+                left_s,
+                self._schedule,
+            )
         except HastenError as error:
-            served = dataclasses.replace(offline, runs=(), profile=None, memory=None, missing={}, failure=str(error))
+            failed = dataclasses.replace(offline, runs=(), profile=None, memory=None, missing={}, failure=str(error))
+            served = Served(failed, offline)
         self._run.write_served(served)
         return served
 

@@ -145,7 +145,7 @@ def make_plan(config: OptimizeConfig, model: ModelRef, hardware: Hardware, devic
         rounds_in_budget = int(config.time_budget / max(round_s + (served_round_s or 0.0), 1e-3))
         num_rounds = max(1, min(config.runs, rounds_in_budget - config.warmup))
     start_s = DEVICE_PLANS[device].start_s
-    served_s = 0.0 if served_round_s is None else start_s + served_round_s * (num_rounds + config.warmup)
+    served_s = 0.0 if served_round_s is None else 2 * start_s + served_round_s * (num_rounds + config.warmup)
     return Plan(
         baseline=baseline.candidate.name,
         candidates=costs,
@@ -160,7 +160,7 @@ def make_plan(config: OptimizeConfig, model: ModelRef, hardware: Hardware, devic
 
 
 def _served_round_s(costs: tuple[PlannedCandidate, ...], left_out: dict[str, str]) -> float | None:
-    """A round of the quickest native candidate behind a server; None where none will be served."""
+    """A round of the quickest native candidate with a server and without; None where none will be served."""
     native = [cost.round_s for cost in costs if cost.candidate.runtime == SERVED_RUNTIME]
     if not native:
         return None
@@ -169,7 +169,7 @@ def _served_round_s(costs: tuple[PlannedCandidate, ...], left_out: dict[str, str
     except MissingExtraError as error:
         left_out["the served engine"] = str(error)
         return None
-    return min(native)
+    return 2 * min(native)
 
 
 def device_memory_bytes(hardware: Hardware, device: str) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hasten.bench.pick import Decision, Gate, decide
 from hasten.bench.result import BenchResult, read_result
+from hasten.bench.served import Served
 from hasten.config import from_mapping
 from hasten.errors import ResultError
 from hasten.pipeline.config import ReportConfig
@@ -30,7 +31,7 @@ def read_results(paths: Sequence[Path]) -> list[BenchResult]:
     return results
 
 
-def served_of(path: Path) -> BenchResult | None:
+def served_of(path: Path) -> Served | None:
     """What was measured behind a server in a run folder; None for anything else."""
     run = RunFolder(path)
     return run.read_served() if run.plan_path.is_file() else None

@@ -7,6 +7,7 @@ logs/NAME.log            what the runtime's process printed
 engine/, native/         what the winner's runtime loads; the best native candidate where that is another one
 recommended.json         which candidates these are, how much faster than the baseline, and of which model
 served.json              the BenchResult of the native candidate behind `hasten serve`
+served_offline.json      that of the same without a server, in turns with it
 report.html, PERFORMANCE_REPORT.md, plots/*.png, reproduce.sh
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.bench.result import BenchResult, Candidate, read_result, write_result
+from hasten.bench.served import Served
 from hasten.errors import ResultError, UsageError
 
 
@@ -76,6 +78,10 @@ class RunFolder:
         return self.path / "served.json"
 
     @property
+    def served_offline_path(self) -> Path:
+        return self.path / "served_offline.json"
+
+    @property
     def plan_path(self) -> Path:
         return self.path / "plan.json"
 
@@ -93,12 +99,19 @@ class RunFolder:
         path.write_text(f"#!/bin/sh\n# makes this run again, in another folder with -o\n{command}\n")
         path.chmod(0o755)
 
-    def read_served(self) -> BenchResult | None:
+    def read_served(self) -> Served | None:
         """What the served engine gave, None if it was not measured."""
-        return read_result(self.served_path) if self.served_path.exists() else None
+        paths = (self.served_path, self.served_offline_path)
+        return Served(*map(read_result, paths)) if all(path.exists() for path in paths) else None
 
-    def write_served(self, result: BenchResult) -> None:
-        write_result(result, self.served_path)
+    def write_served(self, served: Served) -> None:
+        write_result(served.offline, self.served_offline_path)
+        write_result(served.over_http, self.served_path)
+
+    def forget_served(self) -> None:
+        """Removes what an earlier run measured."""
+        for path in (self.served_path, self.served_offline_path):
+            path.unlink(missing_ok=True)
 
     def recommend(self, winner: Kept, native: Kept | None, source: Path) -> None:
         """Moves what was converted to engine/ and native/; a model that runs as it is stays where it is.

@@ -1,25 +1,30 @@
 """The speed of a run's native engine behind the real server, measured as `bench online` measures any server.
 
 The server is `serve` in a process of its own on a free port of 127.0.0.1, with the limits and threads that
-the engine had without it. Each run sends as many requests at once as a run without a server hands over, so
-that the two compare.
+the engine had without it. Each run sends as many requests at once as a run without a server hands over, and
+is followed by one without, so that the two compare.
 """
 
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from hasten.bench.metrics import median
-from hasten.bench.result import BenchResult
+from hasten.bench.metrics import has_failed, median
+from hasten.bench.offline import measure
+from hasten.bench.result import BenchResult, BenchRun
+from hasten.bench.served import Served
+from hasten.bench.workload import PlannedRun
 from hasten.errors import HastenError, RuntimeFailedError
 from hasten.pipeline.bench_online import bench_online
 from hasten.pipeline.config import OnlineConfig, ServeConfig
+from hasten.pipeline.measuring import launch, model_tokens
 from hasten.pipeline.progress import LOAD_S, Progress, Schedule
 from hasten.pipeline.run_folder import RunFolder
 from hasten.runtimes.process import how_it_ended
@@ -27,49 +32,67 @@ from hasten.runtimes.process import how_it_ended
 COMMAND = ("-P", "-m", "hasten.pipeline.server_process")
 STAGE = "serve"
 END_TIMEOUT_S = 10.0
+SPIN_S = 0.05  # torch's threads spin for up to 20 ms after their last work, which the other's run must not meet
 
 
 def measure_served(
     offline: BenchResult,
     run: RunFolder,
     source: Path,
-    max_model_tokens: int,
+    artifact: Path,
+    runs: Sequence[PlannedRun],
+    max_context_tokens: int,
     time_budget_s: float | None,
     schedule: Schedule,
-) -> BenchResult:
-    """Starts the server on a run folder, measures it, and ends it.
+) -> Served:
+    """Starts the server on a run folder, measures it in turns with its engine alone, and ends both.
 
     Args:
-        offline: the same candidate without a server; its configuration is taken over.
+        offline: the same candidate without a server, from before; its configuration is taken over.
         source: the model, for prompts of exact lengths.
+        artifact: what the candidate's runtime loads.
+        runs: those that were planned without a server.
         time_budget_s: for the runs; fewer where it is too short, but at least one at each concurrency.
 
     Raises:
-        HastenError: the server cannot be started or measured.
+        HastenError: the server or the engine beside it cannot be started or measured.
         KeyboardInterrupt: also where `bench online` would return what it has.
     """
     bench = offline.config
     num_runs = num_runs_within(time_budget_s, offline)
-    expected_s = _round_s(offline) * (num_runs + bench.num_warmup)
+    expected_s = 2 * _round_s(offline) * (num_runs + bench.num_warmup)
     server = ServeConfig(
         model=str(run.path),
         port=0,
         device="cuda" if bench.device == "cuda" else "cpu",
         threads=bench.num_threads,
         max_num_seqs=max(bench.concurrency),
-        max_model_tokens=max_model_tokens,
+        max_model_tokens=model_tokens(bench, max_context_tokens),
         drain_timeout_s=0,
     )
     schedule.expect("served speed", expected_s)
 
     def show(progress: Progress) -> None:
-        schedule.expect("served speed", min(progress.left_s, expected_s))
+        schedule.expect("served speed", min(2 * progress.left_s, expected_s))
         schedule.show(STAGE, f"{offline.candidate.name}, {progress.detail}")
 
+    name = offline.candidate.name
+    alone: list[BenchRun] = []
     with (
+        launch(offline.candidate, artifact, bench, max_context_tokens, schedule, run.log_path(name)) as process,
         running(server, schedule, run.log_path("server")) as url,
         schedule.step(STAGE, "the first request", "served speed"),
     ):
+        in_turns = measure({name: process}, runs)
+
+        def measure_alone(served: BenchRun) -> None:
+            time.sleep(SPIN_S)
+            _, run = next(in_turns)
+            time.sleep(SPIN_S)
+            if failed := [request for request in run.requests if has_failed(request)]:
+                raise RuntimeFailedError(f"the engine without a server failed: {failed[0].error}")
+            alone.append(run)
+
         load = OnlineConfig(
             url=url,
             tokenizer=source,
@@ -81,24 +104,25 @@ def measure_served(
             warmup=bench.num_warmup,
             seed=bench.seed,
         )
-        measured = bench_online(load, show)
+        measured = bench_online(load, show, measure_alone)
     if "runs" in measured.missing:
         raise KeyboardInterrupt
-    return replace(
+    over_http = replace(
         measured,
         candidate=offline.candidate,
         environment=offline.environment,
         config=replace(measured.config, num_threads=bench.num_threads),
         command=_commands(server, load),
     )
+    return Served(over_http, replace(offline, runs=tuple(alone)))
 
 
 def num_runs_within(time_budget_s: float | None, offline: BenchResult) -> int:
-    """Measured runs at each concurrency that fit, warm-ups included, if they take as long as without a server."""
+    """Measured runs of both at each concurrency that fit, warm-ups included, if a server does not make them longer."""
     bench = offline.config
     if time_budget_s is None:
         return bench.num_runs
-    return max(1, min(bench.num_runs, int(time_budget_s / _round_s(offline)) - bench.num_warmup))
+    return max(1, min(bench.num_runs, int(time_budget_s / (2 * _round_s(offline))) - bench.num_warmup))
 
 
 def _round_s(result: BenchResult) -> float:

@@ -1,23 +1,19 @@
 """The served engine: the best native candidate behind `hasten serve`, beside itself without a server."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from hasten.bench.result import BenchResult
+from hasten.bench.served import Served
 from hasten.report.columns import Cell, Column, load_columns
 from hasten.report.compare import Row, comparison_rows
 from hasten.report.units import NOT_MEASURED, memory, percent, significant
 
 
-def served_row(results: Sequence[BenchResult], served: BenchResult | None) -> Row | None:
-    """What was measured over HTTP; its ratios are to the same candidate without a server, which is among the results.
-
-    None where nothing was to be served.
-    """
-    offline = next((each for each in results if served is not None and each.candidate == served.candidate), None)
-    if served is None or offline is None:
+def served_row(served: Served | None) -> Row | None:
+    """What was measured over HTTP; its ratios are to the same without a server. None where nothing was to be served."""
+    if served is None:
         return None
-    name = served.candidate.name
-    return comparison_rows([offline, served], labels=[name, f"{name} served"])[1]
+    name = served.over_http.candidate.name
+    return comparison_rows([served.offline, served.over_http], labels=[name, f"{name} served"])[1]
 
 
 def served_columns(concurrency: int) -> tuple[Column, ...]:
@@ -50,8 +46,8 @@ def served_method(row: Row) -> str:
     peak = "" if used is None else f" The server's processes took at most {memory(used.peak_rss_bytes)} together."
     return (
         "Measured by hasten bench online at hasten serve on this machine, streaming: as many requests at once as the "
-        "concurrency says, of the same lengths. Server and client share the machine, and were measured after the "
-        f"candidates, not in turns with them.{peak}"
+        "concurrency says, of the same lengths. Server and client share the machine. After each run came one without a "
+        f"server, which the share is of.{peak}"
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hasten.bench.metrics import Percentiles, Spread, num_failed_requests
 from hasten.bench.pick import Decision, Target
 from hasten.bench.result import BenchConfig, BenchResult, Environment
+from hasten.bench.served import Served
 from hasten.report.columns import Column, judged_ratio, measured_concurrency, table_columns
 from hasten.report.compare import Ratio, Row, caveats, comparison_rows
 from hasten.report.findings import baseline_row, focus_row, savings_sentences, verdict_sentence
@@ -83,7 +84,7 @@ class ReportView:
 
 
 def report_view(
-    results: Sequence[BenchResult], decision: Decision, prices: Prices, served: BenchResult | None = None
+    results: Sequence[BenchResult], decision: Decision, prices: Prices, served: Served | None = None
 ) -> ReportView:
     """Raises UsageError if the baseline is not among the results."""
     rows = comparison_rows(results, decision)
@@ -91,7 +92,7 @@ def report_view(
     judged = _judged_concurrency(results, decision, concurrency)
     baseline, focus = baseline_row(rows), focus_row(rows)
     pick = next((row for row in rows if row.role == "recommended"), None)
-    over_http = served_row(results, served)
+    over_http = served_row(served)
     saved = None if focus is None else savings(baseline.speeds, focus.speeds, prices)
     text = (
         ("Nothing is recommended, so nothing is saved.",)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hasten.bench.pick import Decision
 from hasten.bench.result import BenchResult
+from hasten.bench.served import Served
 from hasten.report.html import render_html
 from hasten.report.markdown import render_markdown
 from hasten.report.plots import write_plots
@@ -27,7 +28,7 @@ def write_report(
     decision: Decision,
     out: Path,
     prices: Prices | None = None,
-    served: BenchResult | None = None,
+    served: Served | None = None,
 ) -> ReportFiles:
     """Writes the report into the folder `out`, over an earlier one.
 

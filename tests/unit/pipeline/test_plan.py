@@ -53,7 +53,7 @@ def test_a_short_time_budget_means_fewer_rounds_but_at_least_one() -> None:
 def test_serving_the_best_native_candidate_is_part_of_the_cost() -> None:
     plan = make_plan(OptimizeConfig(model="m", runtimes=("native",)), model_of(10**8), HARDWARE)
     quickest = min(cost.round_s for cost in plan.candidates if cost.candidate.runtime == "native")
-    assert plan.served_s > 12 * quickest
+    assert plan.served_s > 2 * 12 * quickest
     without = make_plan(OptimizeConfig(model="m", runtimes=("transformers",)), model_of(10**8), HARDWARE)
     assert without.served_s == 0
     assert "the served engine" not in plan.left_out | without.left_out

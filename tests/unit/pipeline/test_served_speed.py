@@ -38,7 +38,7 @@ def test_a_time_budget_means_fewer_runs_but_at_least_one() -> None:
     bench = BenchConfig(8, 8, (1, 2), num_runs=10, num_warmup=2, num_threads=1, seed=0)
     runs = (run(1, 0.2), run(2, 0.3))
     offline = BenchResult(Candidate("native", "bf16"), ModelInfo("m"), environment, bench, "", "", "", runs)
-    budgets = (None, 100.0, 3.6, 0.1, -5.0)  # a round takes 0.5 s
+    budgets = (None, 100.0, 7.2, 0.1, -5.0)  # a round takes 0.5 s, and as long without a server
     assert [num_runs_within(budget, offline) for budget in budgets] == [10, 10, 5, 1, 1]
 
 

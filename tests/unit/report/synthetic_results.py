@@ -19,6 +19,7 @@ from hasten.bench.result import (
     Quality,
     RequestRecord,
 )
+from hasten.bench.served import Served
 
 MIB = 2**20
 MODEL = ModelInfo("Qwen2.5-0.5B", "sha256:4f1c9a2be7d0", "Qwen2ForCausalLM", 494_032_768, 357_897_216, 32768, 151936)
@@ -126,8 +127,8 @@ def nine_results() -> list[BenchResult]:
 HOSTILE = "<script>alert('x')</script>|`&$_\"^{2}"
 
 
-def served(measured: BenchResult, share: float = 0.95) -> BenchResult:
-    """The same candidate over HTTP, with a share of its speed."""
+def served(measured: BenchResult, share: float = 0.95) -> Served:
+    """A candidate beside itself over HTTP, with a share of its speed."""
 
     def slowed(run: BenchRun) -> BenchRun:
         def at(time_s: float) -> float:
@@ -140,7 +141,7 @@ def served(measured: BenchResult, share: float = 0.95) -> BenchResult:
         return replace(run, end_s=at(run.end_s), requests=requests, client_share=0.1)
 
     load = Load("http://127.0.0.1:39211", "completions", "closed", None, 1, "text", "128", "16", Objective())
-    return replace(
+    over_http = replace(
         measured,
         config=replace(measured.config, load=load),
         runs=tuple(map(slowed, measured.runs)),
@@ -150,6 +151,7 @@ def served(measured: BenchResult, share: float = 0.95) -> BenchResult:
         profile=None,
         missing={"quality": "bench online measures speed only"},
     )
+    return Served(over_http, measured)
 
 
 def partial_results() -> list[BenchResult]:

@@ -8,6 +8,7 @@ import synthetic_results
 
 from hasten.bench.pick import Decision
 from hasten.bench.result import BenchResult
+from hasten.bench.served import Served
 from hasten.cli import terminal
 from hasten.report.charts import all_charts
 from hasten.report.html import render_html
@@ -18,7 +19,8 @@ from hasten.report.view import ReportView, report_view
 
 OFFLINE = synthetic_results.result("native", "w8a16")
 SERVED = synthetic_results.served(OFFLINE, 0.9)
-FAILED = replace(SERVED, runs=(), memory=None, missing={}, failure="the server was killed by SIGKILL")
+NO_ANSWER = replace(SERVED.over_http, runs=(), memory=None, missing={}, failure="the server was killed by SIGKILL")
+FAILED = Served(NO_ANSWER, OFFLINE)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,8 @@ def served_view(nine: list[BenchResult], decision: Decision) -> ReportView:
     return report_view(nine, decision, Prices(), SERVED)
 
 
-def test_the_share_is_of_the_same_candidate_without_a_server(nine: list[BenchResult]) -> None:
-    row = served_row(nine, SERVED)
+def test_the_share_is_of_the_same_candidate_without_a_server() -> None:
+    row = served_row(SERVED)
     assert row is not None
     cells = {column.key: column.cell(row) for column in served_columns(8)}
     assert cells["of_offline"].value == pytest.approx(0.9)
@@ -40,15 +42,14 @@ def test_the_share_is_of_the_same_candidate_without_a_server(nine: list[BenchRes
 
 
 def test_a_share_within_the_spread_is_a_tie() -> None:
-    row = served_row([OFFLINE], synthetic_results.served(OFFLINE, 0.999))
+    row = served_row(synthetic_results.served(OFFLINE, 0.999))
     assert row is not None
     assert next(column for column in served_columns(1) if column.key == "of_offline").cell(row).detail == "tie"
     assert served_finding(row).endswith(", a tie with its speed without a server")
 
 
-def test_nothing_served_is_nothing_reported(nine: list[BenchResult], view: ReportView) -> None:
-    assert served_row(nine, None) is None
-    assert served_row([nine[0]], SERVED) is None  # nothing to compare it with
+def test_nothing_served_is_nothing_reported(view: ReportView) -> None:
+    assert served_row(None) is None
     assert "Served over HTTP" not in render_html(view) + render_markdown(view, [])
 
 
