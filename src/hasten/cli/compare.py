@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
         from hasten.report.compare import caveats
 
         measured = read_results(results)
-        terminal.print_comparison(measured, served=served_of(results[0]), as_json=json)
+        served = served_of(results[0]) if len(results) == 1 else None
+        terminal.print_comparison(measured, served=served, as_json=json)
         for caveat in caveats(measured):
             terminal.note(caveat)

@@ -79,7 +79,9 @@ def measure_served(
     name = offline.candidate.name
     alone: list[BenchRun] = []
     with (
-        launch(offline.candidate, artifact, bench, max_context_tokens, schedule, run.log_path(name)) as process,
+        launch(
+            offline.candidate, artifact, bench, max_context_tokens, schedule, run.log_path("without-server")
+        ) as process,
         running(server, schedule, run.log_path("server")) as url,
         schedule.step(STAGE, "the first request", "served speed"),
     ):

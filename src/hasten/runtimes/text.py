@@ -54,12 +54,12 @@ def _tokenizer_class(path: Path) -> Any:
     It is known of Llama models; of some other types transformers mistrusts the class that the folder names.
     """
     try:
-        named = [json.loads((path / name).read_bytes()) for name in ("config.json", "tokenizer_config.json")]
-        model_type, tokenizer_class = named[0]["model_type"], named[1]["tokenizer_class"]
-        is_generic = tokenizer_class in GENERIC_CLASSES and "auto_map" not in named[1]
+        model, tokenizer = (json.loads((path / name).read_bytes()) for name in ("config.json", "tokenizer_config.json"))
+        is_generic = tokenizer["tokenizer_class"] in GENERIC_CLASSES and "auto_map" not in tokenizer
+        is_known = is_generic and model["model_type"] == "llama"
     except (OSError, ValueError, KeyError, TypeError):
-        return transformers.AutoTokenizer
-    return transformers.PreTrainedTokenizerFast if is_generic and model_type == "llama" else transformers.AutoTokenizer
+        is_known = False
+    return transformers.PreTrainedTokenizerFast if is_known else transformers.AutoTokenizer
 
 
 def complete(
