@@ -146,7 +146,7 @@ def table(values: dict[str, Any]) -> str:
         speeds = [sample["tokens"] / sample["seconds"] for sample in samples]
         shares = [speed / (base["tokens"] / base["seconds"]) for speed, base in zip(speeds, first, strict=True)]
         processes = {
-            process: [each["cpu_s"][process] / each["tokens"] * 1e6 for each in samples]
+            process: [each["cpu_s"].get(process, 0.0) / each["tokens"] * 1e6 for each in samples]
             for process in samples[0]["cpu_s"]
         }
         cpu = ", ".join(f"{process} {statistics.median(used):.0f}" for process, used in processes.items())
