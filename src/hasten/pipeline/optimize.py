@@ -178,7 +178,8 @@ class _Optimization:
         results = tuple(self._results.values())
         decision = decide(results, self._plan.baseline, self._prepared.config.gate)
         native = best_of_runtime(results, decision, SERVED_RUNTIME)
-        served = self._serve(self._keep(decision, native))
+        self._keep(decision, native)
+        served = self._serve(native)
         with self._schedule.step("report", "tables and pictures"):
             config = self._prepared.config
             prices = Prices(config.price_per_hour, load_tokens_per_s=config.load)
@@ -356,17 +357,12 @@ class _Optimization:
         decode = profile_gpu_decode(process, prompt, self._run.scratch_path / f"{name}.trace.json.gz")
         return None if decode is None else decode.result(process.weight_bytes_per_token, bandwidth)
 
-    def _keep(self, decision: Decision, native: str | None) -> Kept | None:
-        """Keeps the winner and the best native candidate, which it returns, and removes what the others became."""
-        if decision.pick is None:
-            self._run.clean()
-            return None
-        winner = self._kept(decision.pick, decision)
-        self._run.recommend(winner, self._kept(native, decision) if native else None, self._prepared.model.path)
+    def _keep(self, decision: Decision, native: str | None) -> None:
+        """Keeps the winner and the best native candidate, and removes what the others were converted to."""
+        if decision.pick is not None:
+            winner = self._kept(decision.pick, decision)
+            self._run.recommend(winner, self._kept(native, decision) if native else None, self._prepared.model.path)
         self._run.clean()
-        recommended = read_recommended(self._run.path)
-        assert recommended is not None, "just written"
-        return recommended.native
 
     def _kept(self, name: str, decision: Decision) -> Kept:
         """An eligible candidate with its folder: where an earlier run kept it, else as it was converted."""
@@ -379,26 +375,19 @@ class _Optimization:
         self._prepare(name)
         return Kept(candidate, speedup, self._artifacts[name])
 
-    def _serve(self, native: Kept | None) -> Served | None:
+    def _serve(self, name: str | None) -> Served | None:
         """The kept native candidate behind a server, measured unless it was."""
-        if native is None or not self._plan.served_s:
+        if name is None or not self._plan.served_s:
             self._run.forget_served()
             return None
-        offline, known = self._results[native.candidate.name], self._run.read_served()
-        if known is not None and known.over_http.failure is None and known.over_http.candidate == native.candidate:
+        offline, known = self._results[name], self._run.read_served()
+        if known is not None and known.over_http.failure is None and known.over_http.candidate == offline.candidate:
             return known
-        budget_s, prepared = self._prepared.config.time_budget, self._prepared
+        budget_s, max_context_tokens = self._prepared.config.time_budget, self._prepared.max_context_tokens
         left_s = None if budget_s is None else budget_s - self._speed_s
         try:
             served = measure_served(
-                offline,
-                self._run,
-                prepared.model.path,
-                native.artifact,
-                self._yardstick.runs,
-                prepared.max_context_tokens,
-                left_s,
-                self._schedule,
+                offline, self._run, self._yardstick.runs, max_context_tokens, left_s, self._schedule
             )
         except HastenError as error:
             failed = dataclasses.replace(offline, runs=(), profile=None, memory=None, missing={}, failure=str(error))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hasten.bench.metrics import has_failed, median
 from hasten.bench.offline import measure
-from hasten.bench.result import BenchResult, BenchRun
+from hasten.bench.result import BenchConfig, BenchResult, BenchRun
 from hasten.bench.served import Served
 from hasten.bench.workload import PlannedRun
 from hasten.errors import HastenError, RuntimeFailedError
@@ -26,7 +26,7 @@ from hasten.pipeline.bench_online import bench_online
 from hasten.pipeline.config import OnlineConfig, ServeConfig
 from hasten.pipeline.measuring import launch, model_tokens
 from hasten.pipeline.progress import LOAD_S, Progress, Schedule
-from hasten.pipeline.run_folder import RunFolder
+from hasten.pipeline.run_folder import RunFolder, read_recommended
 from hasten.runtimes.process import how_it_ended
 
 COMMAND = ("-P", "-m", "hasten.pipeline.server_process")
@@ -38,8 +38,6 @@ SPIN_S = 0.05  # torch's threads spin for up to 20 ms after their last work, whi
 def measure_served(
     offline: BenchResult,
     run: RunFolder,
-    source: Path,
-    artifact: Path,
     runs: Sequence[PlannedRun],
     max_context_tokens: int,
     time_budget_s: float | None,
@@ -48,9 +46,7 @@ def measure_served(
     """Starts the server on a run folder, measures it in turns with its engine alone, and ends both.
 
     Args:
-        offline: the same candidate without a server, from before; its configuration is taken over.
-        source: the model, for prompts of exact lengths.
-        artifact: what the candidate's runtime loads.
+        offline: the native candidate that the folder recommends, measured before; its configuration is taken over.
         runs: those that were planned without a server.
         time_budget_s: for the runs; fewer where it is too short, but at least one at each concurrency.
 
@@ -58,55 +54,27 @@ def measure_served(
         HastenError: the server or the engine beside it cannot be started or measured.
         KeyboardInterrupt: also where `bench online` would return what it has.
     """
-    bench = offline.config
+    recommended = read_recommended(run.path)
+    assert recommended is not None and recommended.native is not None, "or there is nothing to serve"
+    bench, name = offline.config, offline.candidate.name
     num_runs = num_runs_within(time_budget_s, offline)
     expected_s = 2 * _round_s(offline) * (num_runs + bench.num_warmup)
-    server = ServeConfig(
-        model=str(run.path),
-        port=0,
-        device="cuda" if bench.device == "cuda" else "cpu",
-        threads=bench.num_threads,
-        max_num_seqs=max(bench.concurrency),
-        max_model_tokens=model_tokens(bench, max_context_tokens),
-        drain_timeout_s=0,
-    )
     schedule.expect("served speed", expected_s)
 
     def show(progress: Progress) -> None:
         schedule.expect("served speed", min(2 * progress.left_s, expected_s))
-        schedule.show(STAGE, f"{offline.candidate.name}, {progress.detail}")
+        schedule.show(STAGE, f"{name}, {progress.detail}")
 
-    name = offline.candidate.name
-    alone: list[BenchRun] = []
+    server = _server(run, bench, max_context_tokens)
+    artifact, log_path = recommended.native.artifact, run.log_path("without-server")
     with (
-        launch(
-            offline.candidate, artifact, bench, max_context_tokens, schedule, run.log_path("without-server")
-        ) as process,
+        launch(offline.candidate, artifact, bench, max_context_tokens, schedule, log_path) as process,
         running(server, schedule, run.log_path("server")) as url,
         schedule.step(STAGE, "the first request", "served speed"),
     ):
-        in_turns = measure({name: process}, runs)
-
-        def measure_alone(served: BenchRun) -> None:
-            time.sleep(SPIN_S)
-            _, run = next(in_turns)
-            time.sleep(SPIN_S)
-            if failed := [request for request in run.requests if has_failed(request)]:
-                raise RuntimeFailedError(f"the engine without a server failed: {failed[0].error}")
-            alone.append(run)
-
-        load = OnlineConfig(
-            url=url,
-            tokenizer=source,
-            concurrency=bench.concurrency,
-            requests=1,
-            prompt_tokens=str(bench.prompt_tokens),
-            new_tokens=str(bench.new_tokens),
-            runs=num_runs,
-            warmup=bench.num_warmup,
-            seed=bench.seed,
-        )
-        measured = bench_online(load, show, measure_alone)
+        alone = _Alone(measure({name: process}, runs))
+        load = _load(url, recommended.source, bench, num_runs)
+        measured = bench_online(load, show, alone.follow)
     if "runs" in measured.missing:
         raise KeyboardInterrupt
     over_http = replace(
@@ -116,7 +84,55 @@ def measure_served(
         config=replace(measured.config, num_threads=bench.num_threads),
         command=_commands(server, load),
     )
-    return Served(over_http, replace(offline, runs=tuple(alone)))
+    return Served(over_http, replace(offline, runs=tuple(alone.runs)))
+
+
+class _Alone:
+    """The runs without a server, one after each with one.
+
+    Args:
+        measuring: makes the next run whenever it is asked for one.
+    """
+
+    def __init__(self, measuring: Iterator[tuple[str, BenchRun]]) -> None:
+        self.runs: list[BenchRun] = []
+        self._measuring = measuring
+
+    def follow(self, served: BenchRun) -> None:
+        """Raises RuntimeFailedError if the engine failed."""
+        time.sleep(SPIN_S)
+        _, run = next(self._measuring)
+        time.sleep(SPIN_S)
+        if failed := [request for request in run.requests if has_failed(request)]:
+            raise RuntimeFailedError(f"the engine without a server failed: {failed[0].error}")
+        self.runs.append(run)
+
+
+def _server(run: RunFolder, bench: BenchConfig, max_context_tokens: int) -> ServeConfig:
+    return ServeConfig(
+        model=str(run.path),
+        port=0,
+        device="cuda" if bench.device == "cuda" else "cpu",
+        threads=bench.num_threads,
+        max_num_seqs=max(bench.concurrency),
+        max_model_tokens=model_tokens(bench, max_context_tokens),
+        drain_timeout_s=0,
+    )
+
+
+def _load(url: str, source: Path, bench: BenchConfig, num_runs: int) -> OnlineConfig:
+    """As many requests at once as a run without a server hands over, of the same lengths."""
+    return OnlineConfig(
+        url=url,
+        tokenizer=source,
+        concurrency=bench.concurrency,
+        requests=1,
+        prompt_tokens=str(bench.prompt_tokens),
+        new_tokens=str(bench.new_tokens),
+        runs=num_runs,
+        warmup=bench.num_warmup,
+        seed=bench.seed,
+    )
 
 
 def num_runs_within(time_budget_s: float | None, offline: BenchResult) -> int:
