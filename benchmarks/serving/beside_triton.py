@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import itertools
 import json
 import statistics
@@ -35,6 +36,9 @@ from hasten.bench.http_stream import Address
 from hasten.bench.load import LoadGenerator
 from hasten.bench.metrics import has_failed
 from hasten.engine.folder import is_engine_folder
+
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))  # whose scripts are no package
+gpu_run = importlib.import_module("run")
 
 MODEL = "m"
 START_TIMEOUT_S, ANSWER_TIMEOUT_S = 120.0, 120.0
@@ -82,11 +86,14 @@ def cpu_s(pid: int) -> Counter[str]:
     return used
 
 
+def limits(given: argparse.Namespace) -> tuple[str, ...]:
+    return ("--max-num-seqs", str(given.concurrency), "--max-model-tokens", str(given.max_model_tokens))
+
+
 @contextlib.contextmanager
 def started(given: argparse.Namespace, model: Path, logs: Path) -> Iterator[list[Way]]:
     """Both servers, loaded, and a client for each way."""
-    limits = ("--max-num-seqs", str(given.concurrency), "--max-model-tokens", str(given.max_model_tokens))
-    engine = () if is_engine_folder(model) else limits
+    engine = () if is_engine_folder(model) else limits(given)
     threads = ("--threads", str(given.threads)) if given.threads else ()
     command = ("-m", "hasten", "serve", str(model), "--device", given.device, "--served-model-name", MODEL)
     with contextlib.ExitStack() as stack:
@@ -108,8 +115,8 @@ def started(given: argparse.Namespace, model: Path, logs: Path) -> Iterator[list
         ]
 
 
-def measure(ways: Sequence[Way], given: argparse.Namespace, samples: list[dict[str, Any]]) -> None:
-    """Rounds of all ways."""
+def measure(ways: Sequence[Way], given: argparse.Namespace, results: Any) -> None:
+    """Rounds of all ways; what is measured is written after every turn."""
     numbers = itertools.count()
     for index in range(-WARMUP_ROUNDS, given.rounds):
         turn = index % len(ways)
@@ -120,7 +127,7 @@ def measure(ways: Sequence[Way], given: argparse.Namespace, samples: list[dict[s
             ]
             sample = {"round": index, **way.measure(requests, given.concurrency)}
             if index >= 0:
-                samples.append(sample)
+                results.add("samples", sample)
             print(f"round {index}, {way.name}: {sample['tokens'] / sample['seconds']:.1f} tokens/s", flush=True)
 
 
@@ -147,7 +154,7 @@ def table(values: dict[str, Any]) -> str:
         shares = [speed / (base["tokens"] / base["seconds"]) for speed, base in zip(speeds, first, strict=True)]
         processes = {
             process: [each["cpu_s"].get(process, 0.0) / each["tokens"] * 1e6 for each in samples]
-            for process in samples[0]["cpu_s"]
+            for process in dict.fromkeys(name for each in samples for name in each["cpu_s"])
         }
         cpu = ", ".join(f"{process} {statistics.median(used):.0f}" for process, used in processes.items())
         ttft_ms = statistics.median(sample["ttft_ms"] for sample in samples)
@@ -166,13 +173,12 @@ def model_folder(given: argparse.Namespace) -> Iterator[Path]:
     if given.model is not None:
         yield given.model
         return
-    with tempfile.TemporaryDirectory(prefix="hasten-triton-", dir=given.scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix="hasten-triton-", dir=gpu_run.scratch_folder()) as folder:
         model, engine = Path(folder) / "model", Path(folder) / "engine"
         run([str(SHAPES), given.shape, str(model), given.device])
         write_tokenizer(model, json.loads((model / "config.json").read_text())["vocab_size"])
         build = ["-m", "hasten", "build", str(model), "--scheme", given.scheme, "--device", given.device]
-        limits = ["--max-num-seqs", str(given.concurrency), "--max-model-tokens", str(given.max_model_tokens)]
-        run([*build, *limits, "-o", str(engine)])
+        run([*build, *limits(given), "-o", str(engine)])
         yield engine
 
 
@@ -188,7 +194,6 @@ def main() -> None:
     what.add_argument("--model", type=Path, help="model or engine folder")
     what.add_argument("--shape", help="of benchmarks/gpu/shapes.py, random weights")
     parser.add_argument("--scheme", default="bf16", help="of an engine in a shape")
-    parser.add_argument("--scratch", type=Path, help="where a shape's weights are written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of each engine; default as hasten serve's")
     parser.add_argument("--concurrency", type=int, default=8)
@@ -208,18 +213,16 @@ def main() -> None:
     logs = path.with_suffix("")
     logs.mkdir(parents=True)
     facts = {name: getattr(given, name) for name in ("device", "threads", "concurrency", "waves", "prompt_tokens")}
-    samples: list[dict[str, Any]] = []
     values = {
         "created_at": now.isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "environment": dataclasses.asdict(hardware.probe(with_bandwidth=False)),
         "model": given.shape or given.model.name,
         "given": facts | {"new_tokens": given.new_tokens, "scheme": given.scheme},
-        "samples": samples,
     }
+    results = gpu_run.Results(path, values)
     with model_folder(given) as model, started(given, model, logs) as ways:
-        measure(ways, given, samples)
-    path.write_text(json.dumps(values, indent=1) + "\n")
+        measure(ways, given, results)
     print(table(values))
 
 
