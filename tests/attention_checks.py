@@ -75,7 +75,7 @@ def check_decode(case: dict[str, Any], window: int | None, *, is_early: bool, nu
         assert actual is out
         check_rows(out, expected, TOLERANCES[qkv.dtype])
     for name, cache in expected_cache.items():
-        difference = max(torch.finfo(cache.dtype).eps, 1e-6)  # one rounding, or several in float32
+        difference = max(4 * torch.finfo(cache.dtype).eps, 1e-6)  # a rounding to the other side, and those behind it
         torch.testing.assert_close(case[name], cache, atol=difference, rtol=difference, equal_nan=True)
     assert not workspace.counters.any()
 

@@ -26,10 +26,14 @@ def check_norm_and_silu_mul(device: str, dtype: torch.dtype, rows: int, width: i
     norm = elementwise.rms_norm(x, weight, EPS, out=torch.full_like(x, float("nan")))
     product = elementwise.silu_mul(gate_up, out=torch.full_like(x, float("nan")))
     torch.testing.assert_close(norm, rms_norm_reference(x, weight, EPS), atol=tolerance, rtol=tolerance)
-    expected = silu_mul_reference(gate_up.float()).to(dtype)
-    torch.testing.assert_close(product, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(product, silu_mul_reference(gate_up), atol=tolerance, rtol=tolerance)
     assert elementwise.rms_norm(x, weight, EPS, out=x) is x
     assert torch.equal(x, norm)
+    addend, hidden = gate_up[:, :width].contiguous(), gate_up[:, width:].contiguous()
+    total = hidden + addend
+    norm = elementwise.rms_norm(hidden, weight, EPS, addend=addend)
+    assert torch.equal(hidden, total)
+    assert torch.equal(norm, elementwise.rms_norm(total, weight, EPS))
 
 
 def check_fp8_rows(device: str, dtype: torch.dtype, magnitude: float, rows: int, width: int) -> None:
@@ -92,8 +96,8 @@ def check_rotate_and_write(
         norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)) if has_norm else (None, None)
     q, k, v = rotate_and_write(
         qkv,
-        angles.cos(),
-        angles.sin(),
+        angles.cos().to(dtype).float(),
+        angles.sin().to(dtype).float(),
         positions,
         slots,
         keys,
@@ -107,8 +111,7 @@ def check_rotate_and_write(
     split = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), 1)
     rotations = torch.polar(torch.ones_like(angles[positions]), angles[positions]).unsqueeze(1)
     for actual, source, weight in ((q, split[0], norms[0]), (k, split[1], norms[1])):
-        wide = source.float() if weight is None else rms_norm_reference(source.float(), weight, EPS)
-        expected = rotate_reference(wide, rotations).to(dtype)
+        expected = rotate_reference(source if weight is None else rms_norm_reference(source, weight, EPS), rotations)
         torch.testing.assert_close(actual, expected, atol=4 * TOLERANCES[dtype], rtol=TOLERANCES[dtype])
     assert torch.equal(v, split[2])
     for cache, rows in ((keys, k), (values, v)):

@@ -81,18 +81,19 @@ class Step:
         middle = torch.empty(rows, model.middle, dtype=bf16, device="cuda")
         logits = torch.empty(rows, model.vocab, device="cuda")
 
-        def product(name: str, layer: int, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> None:
+        def product(name: str, layer: int, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> torch.Tensor:
             weight, scale = self.head if name == "head" else self.layers[layer][name]
-            stream_linear(x, weight, scale=scale, out=out, config=configs.get(name), **fused)
+            return stream_linear(x, weight, scale=scale, out=out, config=configs.get(name), **fused)
 
         def run() -> None:
             norm = {"norm_weight": self.norm, "eps": 1e-5}
+            rows = hidden
             for layer in range(model.layers):
-                product("qkv", layer, hidden, qkv, bias=self.bias, **norm)
-                product("o", layer, attended, hidden, residual=hidden)
-                product("gate_up", layer, hidden, middle, gated=True, **norm)
-                product("down", layer, middle, hidden, residual=hidden)
-            product("head", 0, hidden, logits, **norm)
+                product("qkv", layer, rows, qkv, bias=self.bias, **norm)
+                rows = product("o", layer, attended, hidden, residual=rows)
+                product("gate_up", layer, rows, middle, gated=True, **norm)
+                rows = product("down", layer, middle, hidden, residual=rows)
+            product("head", 0, rows, logits, **norm)
 
         run()
         graph = torch.cuda.CUDAGraph()

@@ -32,6 +32,7 @@ def attention(max_tokens: int, num_blocks: int) -> tuple["CudaAttention", KVCach
         qk_norms=(),
         eps=1e-5,
         rotation=rotations,
+        dtype=torch.bfloat16,
     )
     made.prepare(4, max_tokens)
     shape = (num_blocks, BLOCK_SIZE, KV_HEADS, DIM)
@@ -53,7 +54,7 @@ def test_long_prompt(num_tokens: int) -> None:
     for layer, window in enumerate(WINDOWS):
         qkv = torch.randn(num_tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda").bfloat16()
         q, k, v = qkv.unflatten(1, (-1, DIM)).split((HEADS, KV_HEADS, KV_HEADS), 1)
-        q, k = (rotate_reference(each.float(), rotations(positions)).bfloat16() for each in (q, k))
+        q, k = (rotate_reference(each, rotations(positions)) for each in (q, k))
         with torch.device("cuda"):
             expected = attention_reference(q, k, v, DIM**-0.5, window).flatten(1)
         torch.testing.assert_close(attend(qkv, layer).float(), expected.float(), atol=2e-2, rtol=2e-2)

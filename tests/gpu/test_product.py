@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 if torch.cuda.is_available():
+    from hasten.kernels.cuda.hidden_rows import HiddenRows, whole
     from hasten.kernels.cuda.product import MAX_UNSCALED_ROWS, CudaProduct, Fp8Rows
 
 EPS = 1e-5
@@ -82,7 +83,7 @@ def test_product(
     expected = expected if bias is None else expected + bias.double()
     expected = expected if residual is None else expected + residual.double()
     with torch.inference_mode():
-        y = made(x, residual)
+        y = whole(made(x, residual))
     assert y.dtype == (out_dtype or torch.bfloat16) and y.shape == (rows, 1536)
     assert distance(y, expected) < tolerance
 
@@ -101,9 +102,25 @@ def test_gated_and_the_one_behind(*, scheme: str, tolerance: float, width: int, 
     gate, up = (wide if bias is None else wide + bias.double()).chunk(2, 1)
     expected = (functional.silu(gate) * up) @ down_weight.T + residual.double()
     with torch.inference_mode():
-        y = down(gate_up(x), residual)
+        y = whole(down(gate_up(x), residual))
     assert y.dtype == torch.bfloat16
     assert distance(y, expected) < tolerance
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("scheme", ["bf16", "fp8"])
+def test_a_norm_takes_over_what_the_product_before_it_left(scheme: str, rows: int) -> None:
+    torch.manual_seed(rows)
+    down, _, _, _ = product((2048, 1536), scheme)
+    qkv, _, _, _ = product((1024, 2048), scheme, has_norm=True)
+    x, residual = (torch.randn(rows, size, device="cuda").bfloat16() for size in (1536, 2048))
+    with torch.inference_mode():
+        hidden = down(x, residual.clone())
+        summed = whole(down(x, residual.clone()))
+        y = qkv(hidden)
+    assert not isinstance(hidden, HiddenRows) or hidden.addend is None
+    assert torch.equal(whole(hidden), summed)
+    assert distance(y, qkv(summed).double()) < 2e-3
 
 
 def test_late_scales_change_nothing_but_rounding() -> None:

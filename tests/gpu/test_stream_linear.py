@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 
+from hasten.kernels.rms_norm import rms_norm_reference
+
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 if torch.cuda.is_available():
@@ -29,8 +31,8 @@ WEIGHTS = [
     (torch.float16, FP8),
 ]
 SHAPES = [(16, 64), (1, 128), (40, 128 * 7), (100, 64 * 17), (6144, 4096), (3000, 3584), (515, 14336), (48, 18944)]
-TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
-"""Relative error in the 2-norm: one rounding of the result, and one of x where a norm is inside."""
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative error in the 2-norm, of some roundings: two of x where a norm is inside, three where a gate is."""
 
 
 def make_weight(n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,8 +85,32 @@ def test_everything_fused_is_right(
     arguments = {"scale": scale, "bias": bias, "norm_weight": norm_weight, "eps": 1e-5, "gated": gated}
     reference = stream_linear_reference(x, weight, residual=out if added else None, **arguments)
     result = stream_linear(x, weight, residual=out if added else None, out=out, **arguments)
-    assert result is out
+    assert result.data_ptr() == out.data_ptr()
     assert relative_error(out, reference) < TOLERANCE[dtype]
+    if added:
+        torch.testing.assert_close(result.squares.sum(1), out.float().square().sum(1))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 16])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), WEIGHTS, ids=str)
+def test_a_norm_rounds_as_transformers_from_squares_or_without(
+    dtype: torch.dtype, weight_dtype: torch.dtype, rows: int
+) -> None:
+    """A product by the identity shows the normed x: the published form's, but for some roundings to the other side."""
+    k = 2048
+    identity = torch.eye(k, device="cuda").to(weight_dtype)
+    scale = None if identity.dtype == dtype else torch.ones(k, device="cuda")
+    x = (torch.randn(rows, k, device="cuda") * 3).to(dtype)
+    norm_weight = (torch.rand(k, device="cuda") + 0.2).to(dtype)
+    expected = rms_norm_reference(x, norm_weight, 1e-5)
+    for config in candidates(identity, rows):
+        zeros = torch.zeros(rows, k, dtype=dtype, device="cuda")
+        hidden = stream_linear(x, identity, scale=scale, residual=zeros, config=config)
+        assert torch.equal(hidden.as_subclass(torch.Tensor), x)
+        for each in (x, hidden):
+            out = stream_linear(each, identity, scale=scale, norm_weight=norm_weight, eps=1e-5, config=config)
+            torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+            assert float((out != expected).float().mean()) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 11, 16])
@@ -171,10 +197,10 @@ def test_a_captured_chain_repeats_itself() -> None:
     hidden, middle = torch.empty_like(x), torch.empty_like(x)
 
     def step() -> None:
-        hidden.copy_(x)
+        rows = hidden.copy_(x)
         for weight in weights:
-            stream_linear(hidden, weight, norm_weight=norm_weight, eps=1e-6, out=middle)
-            stream_linear(middle, weight, residual=hidden, out=hidden)
+            stream_linear(rows, weight, norm_weight=norm_weight, eps=1e-6, out=middle)
+            rows = stream_linear(middle, weight, residual=rows, out=hidden)
 
     step()
     eager = hidden.clone()

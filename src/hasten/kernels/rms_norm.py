@@ -4,9 +4,10 @@ import torch
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n], weight broadcastable to x; computed in float32, returned in x's dtype."""
+    """x [..., n], weight broadcastable to x; as in published models, rounded to x's dtype before the weights too."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed.float() * weight.float()).to(x.dtype)
 
 
 class RMSNorm:

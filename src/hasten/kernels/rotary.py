@@ -12,14 +12,14 @@ from hasten.kernels.rms_norm import RMSNorm
 
 
 def rotate_reference(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """The published form: x [num_tokens, heads, dim] with pairs (i, i + dim/2).
+    """The published form: x [num_tokens, heads, dim] with pairs (i, i + dim/2), rounded to x's dtype at every step.
 
     Args:
         rotations: [num_tokens, 1, dim / 2] complex64.
     """
-    cos, sin = rotations.real, rotations.imag
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, sin = rotations.real.to(x.dtype), rotations.imag.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def interleave_rows(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -4,9 +4,10 @@ import torch
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [num_tokens, 2 * intermediate] → [num_tokens, intermediate]."""
+    """gate_up [num_tokens, 2 * intermediate] → [num_tokens, intermediate]; silu(gate) is rounded to its dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.sigmoid(gate) * gate * up
+    wide = gate.float()
+    return (torch.sigmoid(wide) * wide).to(gate.dtype) * up
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -91,4 +91,5 @@ class Operators:
             qk_norms=tuple(norms),
             eps=config.rms_norm_eps,
             rotation=rotation(config.rotary, "cuda"),
+            dtype=self._reader.dtype,
         )

@@ -59,6 +59,7 @@ class CudaAttention:
         windows: one a layer; tokens that a query sees, itself included, or None for all.
         qk_norms: one pair a layer, weights [head_dim] of the norms of q and k; () without norms.
         rotation: positions [num_tokens] to rotations [num_tokens, 1, head_dim / 2] complex64.
+        dtype: of q, k and v; rotations are rounded to it, as in transformers.
     """
 
     def __init__(
@@ -71,15 +72,17 @@ class CudaAttention:
         qk_norms: tuple[tuple[torch.Tensor, ...], ...],
         eps: float,
         rotation: Callable[[torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
     ) -> None:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
-        self._windows, self._qk_norms, self._eps, self._rotation = windows, qk_norms, eps, rotation
+        self._windows, self._qk_norms, self._eps = windows, qk_norms, eps
+        self._rotation, self._dtype = rotation, dtype
         self._scale = head_dim**-0.5
 
     def prepare(self, max_num_seqs: int, max_model_tokens: int) -> None:
         """Allocates what does not depend on the step; needed once, before any."""
         rotations = self._rotation(torch.arange(max_model_tokens, device="cuda")).squeeze(1)
-        self._cos, self._sin = rotations.real.contiguous(), rotations.imag.contiguous()
+        self._cos, self._sin = (part.to(self._dtype).float().contiguous() for part in (rotations.real, rotations.imag))
         self._workspace = DecodeWorkspace(max_num_seqs, self._num_heads, self._head_dim, "cuda")
 
     def prepare_prompts(self, max_tokens: int, kv_cache: KVCache) -> None:

@@ -112,6 +112,8 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return y;
 }
 
+__device__ __forceinline__ float2 rounded(float x, float y) { return unpack(pack(x, y)); }
+
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     if (IS_HALF)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -182,24 +184,28 @@ struct Head {
         return rsqrtf(squares / HEAD_DIM + eps);
     }
 
-    // Normalized if HAS_NORM, rotated and rounded once.
+    // Normalized if HAS_NORM and rotated, rounded at every step as transformers does.
     __device__ __forceinline__ void rotate(Fragment (&y)[K_CHUNKS], const Angles& angles, const Head& weight, float eps, int thread) {
         float factor = HAS_NORM ? norm_factor(eps) : 1.0f;
 #pragma unroll
         for (int c = 0; c < K_CHUNKS; c++) {
-            float sign = 32 * c + 8 * thread < HALF ? -factor : factor;
+            float sign = 32 * c + 8 * thread < HALF ? -1.0f : 1.0f;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float2 x = unpack(own[c].x[i]), z = unpack(partner[c].x[i]);
                 if (HAS_NORM) {
                     float2 a = unpack(weight.own[c].x[i]), b = unpack(weight.partner[c].x[i]);
-                    x = make_float2(x.x * a.x, x.y * a.y);
-                    z = make_float2(z.x * b.x, z.y * b.y);
+                    x = rounded(x.x * factor, x.y * factor);
+                    z = rounded(z.x * factor, z.y * factor);
+                    x = rounded(x.x * a.x, x.y * a.y);
+                    z = rounded(z.x * b.x, z.y * b.y);
                 }
                 float4 cos = angles.cos[c][i / 2], sin = angles.sin[c][i / 2];
                 float2 co = i & 1 ? make_float2(cos.z, cos.w) : make_float2(cos.x, cos.y);
                 float2 si = i & 1 ? make_float2(sin.z, sin.w) : make_float2(sin.x, sin.y);
-                y[c].x[i] = pack(x.x * factor * co.x + z.x * sign * si.x, x.y * factor * co.y + z.y * sign * si.y);
+                x = rounded(x.x * co.x, x.y * co.y);
+                z = rounded(z.x * sign * si.x, z.y * sign * si.y);
+                y[c].x[i] = pack(x.x + z.x, x.y + z.y);
             }
         }
     }

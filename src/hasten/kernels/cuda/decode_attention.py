@@ -135,13 +135,13 @@ def decode_attention_reference(
     head_dim, block_size = keys.shape[3], keys.shape[1]
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), 1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm_reference(q.float(), q_norm, eps), rms_norm_reference(k.float(), k_norm, eps)
+        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
     attended = torch.zeros(len(positions), num_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     for row, position in enumerate(positions.tolist()):
         if position < 0:
             continue
         rotation = torch.complex(cos[position], sin[position])
-        rotated_q, rotated_k = (rotate_reference(heads[row].float(), rotation).to(qkv.dtype) for heads in (q, k))
+        rotated_q, rotated_k = (rotate_reference(heads[row], rotation) for heads in (q, k))
         where = torch.arange(position + 1, device=qkv.device)
         cells = block_tables[slots[row], where // block_size].long() * block_size + where % block_size
         keys.flatten(0, 1)[cells[-1]], values.flatten(0, 1)[cells[-1]] = rotated_k, v[row]
@@ -179,7 +179,7 @@ def decode_attention(
 
     Args:
         qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim].
-        cos, sin: [max_positions, head_dim / 2] float32.
+        cos, sin: [max_positions, head_dim / 2] float32, of values that qkv's dtype has.
         keys, values: one layer's cache, [num_blocks, block_size, num_kv_heads, head_dim].
         block_tables: [max_num_seqs, max_blocks_per_seq] int32.
         slots: [rows] int32, the row's sequence in block_tables.

@@ -181,14 +181,13 @@ def decode_kernel(
         sin += position.to(tl.int64) * (HEAD_DIM // 2)
         source = qkv + row.to(tl.int64) * (NUM_KV_HEADS * (GROUP + 2) * HEAD_DIM)
         group = source + kv_head * GROUP * HEAD_DIM
-        dtype = qkv.dtype.element_ty
-        q = load_heads(group, heads, heads < GROUP, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM).to(dtype)
+        q = load_heads(group, heads, heads < GROUP, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM)
     else:
         q = tl.load(qkv + (to + heads[:, None]) * HEAD_DIM + dims[None, :], mask=is_value, other=0.0)
     if IS_FUSED and split == 0:  # the token itself
         own = source + (NUM_KV_HEADS * GROUP + kv_head) * HEAD_DIM
         one = tl.arange(0, 1)
-        own_k = load_heads(own, one, one == 0, cos, sin, k_norm, eps, HEAD_DIM, DIM, HAS_NORM).to(dtype)
+        own_k = load_heads(own, one, one == 0, cos, sin, k_norm, eps, HEAD_DIM, DIM, HAS_NORM)
         own_v = tl.load(own + NUM_KV_HEADS * HEAD_DIM + dims[None, :], mask=is_dim[None, :], other=0.0)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         cell = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM

@@ -1,8 +1,9 @@
 """What lies between the products of a prefill or a big decode batch: norms, SiLU·mul, scales.
 
-Each is one pass over its rows, computed in float32. The fp8 variants return what a product
-with per-token activation scales takes: codes and one scale a row, amax / 448. `scale_rows` and
-`silu_mul_fp8` can apply the scales of a product that left them out.
+Each is one pass over its rows, computed in float32 and rounded where transformers rounds: a norm
+before its weights, SiLU before it is multiplied. The fp8 variants round only their results, to what
+a product with per-token activation scales takes: codes and one scale a row, amax / 448. `scale_rows`
+and `silu_mul_fp8` can apply the scales of a product that left them out.
 
 Which step needs which kernel is decided by the model; the products and the rotation are elsewhere.
 """
@@ -35,12 +36,14 @@ def _store_fp8(
 @triton.jit
 def _rms_norm_kernel(
     x,
+    addend,
     weight,
     out,
     scales,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     HAS_NORM: tl.constexpr,
     TO_FP8: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -50,16 +53,25 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
+    dtype = x.dtype.element_ty
     if HAS_NORM:
         factors = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     begin(PDL)
-    y = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+    at = row * WIDTH + columns
+    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ADDEND:
+        rounded = (y + tl.load(addend + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x + at, rounded, mask=mask)
+        y = rounded.to(tl.float32)
     if HAS_NORM:
-        y = y * tl.rsqrt(tl.sum(y * y, 0) / WIDTH + eps) * factors
+        y *= tl.rsqrt(tl.sum(y * y, 0) / WIDTH + eps)
+        if not TO_FP8:
+            y = y.to(dtype).to(tl.float32)
+        y *= factors
     if TO_FP8:
         _store_fp8(out, scales, row, columns, mask, y, WIDTH, LARGEST, SMALLEST)
     else:
-        tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -91,7 +103,10 @@ def _silu_mul_kernel(
         factor = tl.load(row_scale + row)
         gate *= gate_scale * factor
         up *= up_scale * factor
-    y = gate / (1.0 + tl.exp(-gate)) * up
+    y = gate / (1.0 + tl.exp(-gate))
+    if not TO_FP8:
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+    y *= up
     if TO_FP8:
         _store_fp8(out, scales, row, columns, mask, y, WIDTH, LARGEST, SMALLEST)
     else:
@@ -128,24 +143,41 @@ def _scale_rows_kernel(
     tl.store(out + row * WIDTH + columns, y.to(out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """RMSNorm of x [rows, width] over the width; out may be x."""
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    addend: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """RMSNorm of x [rows, width] over the width; out may be x.
+
+    Args:
+        addend: [rows, width], first added to x, in place.
+    """
     out = torch.empty_like(x) if out is None else out
-    _row_kernel(x, weight, eps, out, None)
+    _row_kernel(x, addend, weight, eps, out, None)
     return out
 
 
-def rms_norm_fp8(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of x [rows, width] as float8_e4m3fn codes [rows, width] and float32 scales [rows, 1]."""
+def rms_norm_fp8(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, addend: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x [rows, width] as float8_e4m3fn codes [rows, width] and float32 scales [rows, 1].
+
+    Args:
+        addend: [rows, width], first added to x, in place.
+    """
     codes, scales = _fp8_outputs(x, x.shape[1])
-    _row_kernel(x, weight, eps, codes, scales)
+    _row_kernel(x, addend, weight, eps, codes, scales)
     return codes, scales
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, width] as float8_e4m3fn codes [rows, width] and float32 scales [rows, 1]."""
     codes, scales = _fp8_outputs(x, x.shape[1])
-    _row_kernel(x, None, 0.0, codes, scales)
+    _row_kernel(x, None, None, 0.0, codes, scales)
     return codes, scales
 
 
@@ -215,19 +247,26 @@ def _fp8_outputs(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _row_kernel(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor, scales: torch.Tensor | None
+    x: torch.Tensor,
+    addend: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
 ) -> None:
     rows, width = x.shape
-    assert x.is_contiguous() and out.is_contiguous()
+    assert x.is_contiguous() and out.is_contiguous() and (addend is None or addend.is_contiguous())
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(rows,)](
         x,
+        addend,
         weight,
         out,
         scales,
         eps,
         WIDTH=width,
         BLOCK=block,
+        HAS_ADDEND=addend is not None,
         HAS_NORM=weight is not None,
         TO_FP8=scales is not None,
         LARGEST=FP8_MAX,

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from hasten.kernels.cuda.elementwise import quantize_fp8, rms_norm, rms_norm_fp8, scale_rows, silu_mul, silu_mul_fp8
+from hasten.kernels.cuda.hidden_rows import HiddenRows, take_addend, whole
 from hasten.kernels.cuda.int8_matmul import int8_matmul
 from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear, supports
 from hasten.kernels.product_shape import ROW_BUCKETS
@@ -88,10 +89,12 @@ class CudaProduct:
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(x, Fp8Rows) and supports(self.weight, x.shape[0]):
             return self._stream(x, residual)
-        return self._library(x, residual)
+        return self._library(x, None if residual is None else whole(residual))
 
     def _stream(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         num_columns = self.weight.shape[0] // (2 if self._is_gated else 1)
+        if isinstance(x, HiddenRows) and x.addend is not None:
+            x = whole(x)
         return stream_linear(
             x,
             self.weight,
@@ -109,19 +112,17 @@ class CudaProduct:
         if self._dense.dtype == torch.float8_e4m3fn:
             return self._fp8(x, residual)
         if self._norm_weight is not None:
-            x = rms_norm(x, self._norm_weight, self._eps)
+            x = rms_norm(x, self._norm_weight, self._eps, addend=take_addend(x))
         if self._dense.dtype == torch.int8:
             assert self.scale is not None
             y = int8_matmul(x, self.weight, self.scale, self._bias, residual, self._out_dtype)
             return silu_mul(y) if self._is_gated else y
-        if residual is not None and self._bias is None:
-            return residual.addmm_(x, self._dense.T)  # in place: addmm would copy it first
         if self._out_dtype not in (None, x.dtype):
             y = torch.mm(x, self._dense.T, out_dtype=self._out_dtype)
         else:
             y = functional.linear(x, self._dense, self._bias)
         if residual is not None:
-            y += residual
+            return HiddenRows.of(residual, addend=y)
         return silu_mul(y) if self._is_gated else y
 
     def _fp8(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -146,7 +147,9 @@ class CudaProduct:
     def _codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Fp8Rows):
             return x.as_subclass(torch.Tensor), x.scale
-        return quantize_fp8(x) if self._norm_weight is None else rms_norm_fp8(x, self._norm_weight, self._eps)
+        if self._norm_weight is None:
+            return quantize_fp8(x)
+        return rms_norm_fp8(x, self._norm_weight, self._eps, addend=take_addend(x))
 
     def _scaled_mm(
         self, codes: torch.Tensor, scale: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None

@@ -1,6 +1,7 @@
 """Rotary positions on a GPU: a step's qkv is split, q and k are rotated, and k and v are written into the cache.
 
-One pass over the tokens, computed in float32. The kernel for decode tokens (`decode_kernel`) rotates
+One pass over the tokens, rounded where transformers rounds: a norm before its weights, and each product of
+the rotation. The kernel for decode tokens (`decode_kernel`) rotates
 for itself, with `load_heads`.
 """
 
@@ -12,14 +13,20 @@ from hasten.kernels.cuda.dependent_launch import begin, has_dependent_launch, la
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def load_heads(
     source, heads, seen, cos, sin, weight, eps, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """Heads of one token in float32, [len(heads), DIM], normalized if wanted and rotated in pairs (i, i + half).
+    """Heads of one token, [len(heads), DIM], normalized if wanted and rotated in pairs (i, i + half).
 
     source: the token's first head; seen: which heads are read; cos, sin: the position's row;
     weight: of the norm over a head. DIM is HEAD_DIM rounded up; what is past HEAD_DIM is 0.
     """
+    dtype = source.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, DIM)
     is_dim = dims < HEAD_DIM
@@ -34,9 +41,12 @@ def load_heads(
     s = tl.load(sin + pairs, mask=is_dim, other=0.0)
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(own * own, 1) / HEAD_DIM + eps)[:, None]
-        own *= inverse * tl.load(weight + dims, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-        partner *= inverse * tl.load(weight + partners, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-    return own * c[None, :] + partner * tl.where(is_first, -s, s)[None, :]
+        own_weight = tl.load(weight + dims, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+        partner_weight = tl.load(weight + partners, mask=is_dim, other=0.0).to(tl.float32)[None, :]
+        own = _rounded(_rounded(own * inverse, dtype) * own_weight, dtype)
+        partner = _rounded(_rounded(partner * inverse, dtype) * partner_weight, dtype)
+    turned = _rounded(partner * tl.where(is_first, -s, s)[None, :], dtype)
+    return (_rounded(own * c[None, :], dtype) + turned).to(dtype)
 
 
 # slices of one array, aligned differently in each step: one kernel is to serve all
@@ -76,16 +86,15 @@ def _rotate_and_write_kernel(
     cos += position * (HEAD_DIM // 2)
     sin += position * (HEAD_DIM // 2)
     source = qkv + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-    dtype = qkv.dtype.element_ty
 
-    q = load_heads(source, heads, is_head, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM).to(dtype)
+    q = load_heads(source, heads, is_head, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM)
     to = token * (NUM_HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
     tl.store(q_out + to, q, mask=is_head[:, None] & (dims < HEAD_DIM)[None, :])
 
     source += NUM_HEADS * HEAD_DIM
     row = kv_heads[:, None] * HEAD_DIM + dims[None, :]
     mask = is_kv_head[:, None] & (dims < HEAD_DIM)[None, :]
-    k = load_heads(source, kv_heads, is_kv_head, cos, sin, k_norm, eps, HEAD_DIM, DIM, HAS_NORM).to(dtype)
+    k = load_heads(source, kv_heads, is_kv_head, cos, sin, k_norm, eps, HEAD_DIM, DIM, HAS_NORM)
     v = tl.load(source + NUM_KV_HEADS * HEAD_DIM + row, mask=mask)
     tl.store(k_out + token * (NUM_KV_HEADS * HEAD_DIM) + row, k, mask=mask)
     tl.store(v_out + token * (NUM_KV_HEADS * HEAD_DIM) + row, v, mask=mask)
@@ -114,7 +123,7 @@ def rotate_and_write(
 
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
-        cos, sin: [max_positions, head_dim / 2] float32.
+        cos, sin: [max_positions, head_dim / 2] float32, of values that qkv's dtype has.
         positions: [num_tokens] int32 or int64.
         slot_mapping: [num_tokens] int32 or int64, where a token's k and v go; a negative slot is skipped.
         keys, values: one layer's cache, [num_blocks, block_size, num_kv_heads, head_dim].

@@ -3,12 +3,15 @@
 // A cluster of CTAs owns tiles of 16 weight rows and splits their K between its CTAs. In a CTA
 // one warp keeps a ring of shared-memory stages filled by the tensor copy engine, TEAMS teams of warps take
 // stages in turn, the warps of a team split a stage's K and multiply on the tensor cores (weights are the
-// 16-row operand, x the 8-column one), and one warp sums their partial results and writes the output. Sums
-// are taken in a fixed order: no atomics.
+// 16-row operand, x the 8-column one), and four warps sum their partial results and write the output, a result a
+// thread. Sums are taken in a fixed order: no atomics.
 //
 // Launched with programmatic stream serialization, a kernel starts while the one before it still runs
 // and fills its ring with weights, which no kernel writes. x, the residual and the output are touched
 // only after griddepcontrol.wait. Two CTAs share a multiprocessor if their shared memory allows it.
+//
+// A norm's factors come before the product, because transformers rounds there. So a kernel that adds a residual leaves
+// the sums of squares of what it wrote, and the next one reads these while its x arrives.
 //
 // While weights stream, any other load waits behind them in the memory system. So scales, biases and norm
 // weights are loaded before the wait, x in one go, residuals one tile ahead, and the copies in flight are
@@ -35,9 +38,11 @@ struct alignas(64) Params {
     const float* scale;     // [num_weight_rows], or null
     const u8* bias;         // [num_weight_rows], as x, or null
     const u8* norm_weight;  // [k], as x, or null: no norm
+    const float* squares;   // [rows, parts], sums of squares of parts of x, or null
     const u8* residual;     // [rows, n], as x, or null; may be out
     void* out;              // [rows, n], as x or float
-    int n, k, rows, tiles;
+    float* out_squares;     // [rows, CTAs], sums of squares of what each CTA writes, or null
+    int n, k, rows, tiles, parts;
     int own_tiles;          // at most so many tiles are written by one CTA
     int stages, in_flight;
     int slice;              // bytes of a weight row that one CTA of a cluster multiplies
@@ -54,20 +59,24 @@ constexpr int BLOCK = 128;                     // bytes of a weight row in two r
 constexpr int BLOCKS = SEGMENT / BLOCK;
 constexpr int TEAM = WARPS / TEAMS;            // warps of a team
 constexpr int BLOCKS_PER_WARP = BLOCKS / TEAM;
-constexpr int PARTIAL = N_TILES * 32 * 16;     // bytes of one warp's partial results
+constexpr int FINISHERS = 4;                   // warps that finish tiles: 16 weight rows of 8 batch rows
+constexpr int RESULTS = FINISHERS * 32;        // of a tile, for 8 batch rows
+constexpr int PITCH = 10;                      // floats from one weight row's partial results to the next's
+constexpr int PARTIAL = N_TILES * TILE_ROWS * PITCH * 4;  // bytes of one warp's partial results
+constexpr int PEER_PARTIAL = N_TILES * RESULTS * 4;       // the same of one CTA of a cluster
 constexpr int MAX_CLUSTER = 8;
-constexpr int THREADS = (WARPS + 2) * 32;
+constexpr int THREADS = (WARPS + 1 + FINISHERS) * 32;
 static_assert(BLOCKS % TEAM == 0 && WARPS % TEAMS == 0, "a stage's blocks divide between a team's warps");
 
-// shared memory: barriers, sums of squares, two buffers of partial results, those of the cluster, scales,
+// shared memory: barriers, the norm's factors, two buffers of partial results, those of the cluster, scales,
 // biases, norm weights, x, ring
 constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_EMPTY = 264;
-constexpr int PEER_FULL = 280, SQUARES_FULL = 296, PEER_EMPTY = 304;  // PEER_EMPTY: [MAX_CLUSTER][2]
-constexpr int SQUARES_BY_WARP = 512, SQUARES_BY_RANK = SQUARES_BY_WARP + 16 * WARPS * 4;
-constexpr int PARTIALS = SQUARES_BY_RANK + MAX_CLUSTER * 16 * 4;
+constexpr int PEER_FULL = 280, PEER_EMPTY = 296;  // PEER_EMPTY: [MAX_CLUSTER][2]
+constexpr int FACTORS = 512, PARTIALS = FACTORS + 16 * 4;
 
 // named barriers; 0 is that of __syncthreads
-constexpr int FACTORS_FOUND = 1, X_NORMED = 2, PART_FULL = 3;  // PART_FULL: one for each buffer
+constexpr int FACTORS_FOUND = 1, X_NORMED = 2, SCALES_LOADED = 3, TILE_SUMMED = 4;
+constexpr int PART_FULL = 5;  // one for each buffer
 
 // Where things are for this CTA, and its part of K.
 struct Place {
@@ -136,12 +145,6 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
-__device__ __forceinline__ float4 load_shared_float4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-    return v;
-}
 __device__ __forceinline__ float load_shared_float(u32 address) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
@@ -151,19 +154,14 @@ __device__ __forceinline__ void store_shared(u32 address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-__device__ __forceinline__ void store_shared(u32 address, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+__device__ __forceinline__ void store_shared(u32 address, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 __device__ __forceinline__ void store_shared_float(u32 address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 // Stores to another CTA of the cluster that its barrier counts, so that no fence is needed.
-__device__ __forceinline__ void store_peer(u32 address, float4 v, u32 barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void store_peer_float(u32 address, float v, u32 barrier) {
+__device__ __forceinline__ void store_peer(u32 address, float v, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
                  ::"r"(address), "f"(v), "r"(barrier) : "memory");
 }
@@ -188,6 +186,16 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
 #endif
     return pair;
 }
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 product;
+#if X_HALF
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#else
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#endif
+    return product;
+}
+__device__ __forceinline__ float rounded(float v) { return unpack(pack(v, 0.0f)).x; }
 __device__ __forceinline__ float load_element(const u8* base, long long index) {
     return unpack(reinterpret_cast<const u16*>(base)[index]).x;
 }
@@ -284,44 +292,50 @@ __device__ __forceinline__ int weight_row(const Params& p, int tile, int r) {
     if (!p.gated) return tile * TILE_ROWS + r;
     return tile * 8 + r % 8 + (r < 8 ? 0 : p.n);
 }
-// Column of the result that row g of a tile's upper or lower eight gives.
-__device__ __forceinline__ int output_column(const Params& p, int tile, int half, int g) {
-    return p.gated ? tile * 8 + g : tile * TILE_ROWS + half * 8 + g;
+// Column of the result that row r of a tile gives; p.n, none, for the up rows of a gated one.
+__device__ __forceinline__ int output_column(const Params& p, int tile, int r) {
+    if (!p.gated) return tile * TILE_ROWS + r;
+    return r < 8 ? tile * 8 + r : p.n;
 }
 
-#if X_HALF
-// The norm's factors of all rows into the first column of SQUARES_BY_WARP, from all of x.
+// The norm's factors of all rows: from parts' sums of squares that the kernel before this one left, or from x itself.
 __device__ __forceinline__ void find_factors(const Params& p, const Place& at, int warp, int lane) {
     for (int row = warp; row < p.rows; row += WARPS) {
         float sum = 0;
+        if (p.squares) {
+            constexpr int LOADS = 5;  // in flight at a time: all that a GPU of up to 160 multiprocessors leaves
+            for (int part0 = lane; part0 < p.parts; part0 += LOADS * 32) {
+                float parts[LOADS];
+                UNROLL for (int j = 0; j < LOADS; j++) {
+                    const int part = part0 + j * 32;
+                    parts[j] = part < p.parts ? __ldcg(p.squares + row * p.parts + part) : 0.0f;
+                }
+                UNROLL for (int j = 0; j < LOADS; j++) sum += parts[j];
+            }
+        } else {
 #pragma unroll 4
-        for (int e = lane * 8; e < p.k; e += 256) {
-            const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.x + ((long long)row * p.k + e) * 2));
-            const u32 words[4] = {v.x, v.y, v.z, v.w};
-            UNROLL for (int j = 0; j < 4; j++) {
-                const float2 f = unpack(words[j]);
-                sum += f.x * f.x + f.y * f.y;
+            for (int e = lane * 8; e < p.k; e += 256) {
+                const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p.x + ((long long)row * p.k + e) * 2));
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const float2 f = unpack(words[j]);
+                    sum += f.x * f.x + f.y * f.y;
+                }
             }
         }
         UNROLL for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-        if (lane == 0) store_shared_float(at.base + SQUARES_BY_WARP + row * WARPS * 4, rsqrtf(sum / p.k + p.eps));
+        if (lane == 0) store_shared_float(at.base + FACTORS + row * 4, rsqrtf(sum / p.k + p.eps));
     }
     named_barrier_sync<FACTORS_FOUND, WARPS>();
 }
-#endif
 
-// Multiplies this CTA's part of x, in shared memory, with the norm's weights; sums of squares by warp and row.
-// In bf16 the reciprocal root is applied to the product's result; fp16's range wants it applied here.
+// Normalizes this CTA's part of x, in shared memory; rounded before the norm's weights and after them.
 __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int warp, int lane) {
     constexpr int ROWS = 4;  // at a time, so that their latencies overlap
     const int count = at.bytes / ELEMENT;
-#if X_HALF
-    find_factors(p, at, warp, lane);
-#endif
     for (int row0 = 0; row0 < p.rows; row0 += ROWS) {
-#if !X_HALF
-        float squares[ROWS] = {};
-#endif
+        float factors[ROWS];
+        UNROLL for (int r = 0; r < ROWS; r++) factors[r] = load_shared_float(at.base + FACTORS + (row0 + r) * 4);
         for (int e = warp * 256 + lane * 8; e < count; e += WARPS * 256) {
             const uint4 norm = load_shared(at.norm + e * 2);
             const u32 norms[4] = {norm.x, norm.y, norm.z, norm.w};
@@ -331,104 +345,73 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
             UNROLL for (int r = 0; r < ROWS; r++) {
                 if (row0 + r >= p.rows) continue;
                 u32 words[4] = {x[r].x, x[r].y, x[r].z, x[r].w};
-#if X_HALF
-                const float factor = load_shared_float(at.base + SQUARES_BY_WARP + (row0 + r) * WARPS * 4);
-#endif
                 UNROLL for (int j = 0; j < 4; j++) {
                     const float2 f = unpack(words[j]);
-#if X_HALF
-                    const float2 w = unpack(norms[j]);
-                    words[j] = pack(f.x * factor * w.x, f.y * factor * w.y);
-#else
-                    squares[r] += f.x * f.x + f.y * f.y;
-                    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[j]) : "r"(norms[j]));
-#endif
+                    words[j] = multiply_pairs(pack(f.x * factors[r], f.y * factors[r]), norms[j]);
                 }
                 const u32 to = at.x + (row0 + r) * at.x_pitch + e * 2;
                 store_shared(to, make_uint4(words[0], words[1], words[2], words[3]));
             }
         }
-#if !X_HALF
-        UNROLL for (int offset = 16; offset > 0; offset /= 2)
-            UNROLL for (int r = 0; r < ROWS; r++) squares[r] += __shfl_xor_sync(~0u, squares[r], offset);
-        UNROLL for (int r = 0; r < ROWS; r++)
-            if (lane == 0 && row0 + r < p.rows)
-                store_shared_float(at.base + SQUARES_BY_WARP + ((row0 + r) * WARPS + warp) * 4, squares[r]);
-#endif
     }
-}
-
-// The norm's factor of row `lane % 16`, from all the cluster's sums of squares.
-__device__ __forceinline__ float norm_factor(const Params& p, const Place& at, int lane) {
-    if (X_HALF) return 1.0f;
-    const int row = lane % 16;
-    const u32 squares = at.base + SQUARES_BY_WARP + row * WARPS * 4;
-    float sum = 0;
-    if (row < p.rows)
-        UNROLL for (int w = 0; w < WARPS; w++) sum += load_shared_float(squares + w * 4);
-    if (at.cluster > 1) {
-        for (int to = 0; to < at.cluster && lane < 16; to++)
-            store_peer_float(peer_address(at.base + SQUARES_BY_RANK + (at.rank * 16 + row) * 4, to), sum,
-                             peer_address(at.base + SQUARES_FULL, to));
-        barrier_wait_cluster(at.base + SQUARES_FULL, 0);
-        sum = 0;
-        for (int from = 0; from < at.cluster; from++)
-            sum += load_shared_float(at.base + SQUARES_BY_RANK + (from * 16 + row) * 4);
-    }
-    return rsqrtf(sum / p.k + p.eps);
+    named_barrier_sync<X_NORMED, WARPS>();
 }
 
 // Scales and biases of the tiles that this CTA writes, as floats: [own tile][tile row].
-__device__ __forceinline__ void load_scales(const Params& p, const Place& at, int lane) {
+__device__ __forceinline__ void load_scales(const Params& p, const Place& at, int thread) {
     const int num_rows = p.gated ? 2 * p.n : p.n;
-    for (int e = lane; e < p.own_tiles * TILE_ROWS; e += 32) {
+    for (int e = thread; e < p.own_tiles * TILE_ROWS; e += RESULTS) {
         const int tile = at.first_tile + (e / TILE_ROWS * at.cluster + at.rank) * at.tile_step;
         const int row = min(weight_row(p, tile, e % TILE_ROWS), num_rows - 1);
         if (p.scale) store_shared_float(at.scales + e * 4, p.scale[row]);
         if (p.bias) store_shared_float(at.biases + e * 4, load_element(p.bias, row));
     }
-    __syncwarp();
+    named_barrier_sync<SCALES_LOADED, FINISHERS>();
 }
 
-// The residual where this thread will write: [n][half and batch row], as the products' results.
-__device__ __forceinline__ void load_residual(const Params& p, int tile, int lane, float (&values)[N_TILES][4]) {
-    UNROLL for (int n = 0; n < N_TILES; n++)
-        UNROLL for (int v = 0; v < 4; v++) {
-            const int row = n * 8 + lane % 4 * 2 + v % 2, column = output_column(p, tile, v / 2, lane / 4);
-            values[n][v] = 0.0f;
-            if (p.residual && tile < p.tiles && row < p.rows && column < p.n)
-                values[n][v] = load_activation(p.residual, (long long)row * p.n + column);
-        }
-}
+// One finishing thread's results: weight row `row` of a tile for the batch rows `batch` and batch + 8.
+struct Result {
+    int thread, batch, row;
+};
 
-__device__ __forceinline__ void add(float4& sum, float4 part) {
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+// The residual where this thread will write.
+__device__ __forceinline__ void load_residual(const Params& p, int tile, const Result& own, float (&values)[N_TILES]) {
+    const int column = output_column(p, tile, own.row);
+    UNROLL for (int n = 0; n < N_TILES; n++) {
+        const int batch = n * 8 + own.batch;
+        values[n] = 0.0f;
+        if (p.residual && tile < p.tiles && batch < p.rows && column < p.n)
+            values[n] = load_activation(p.residual, (long long)batch * p.n + column);
+    }
 }
 
 // Sums the partial results of the CTA's warps for its i-th tile, and frees their buffer. Every lane that wrote
 // or read takes part in the hand-over: one lane arriving on an mbarrier for its warp, after __syncwarp, would be
 // ordered as well, but racecheck does not follow that.
-__device__ __forceinline__ void sum_warps(const Place& at, int i, int lane, float4 (&sum)[N_TILES]) {
+__device__ __forceinline__ void sum_warps(const Place& at, int i, const Result& own, float (&sum)[N_TILES]) {
     const int buffer = i & 1;
-    if (buffer == 0) named_barrier_sync<PART_FULL, WARPS + 1>();
-    else named_barrier_sync<PART_FULL + 1, WARPS + 1>();
+    if (buffer == 0) named_barrier_sync<PART_FULL, WARPS + FINISHERS>();
+    else named_barrier_sync<PART_FULL + 1, WARPS + FINISHERS>();
     UNROLL for (int n = 0; n < N_TILES; n++) {
-        const u32 address = at.base + PARTIALS + buffer * WARPS * PARTIAL + (n * 32 + lane) * 16;
-        sum[n] = load_shared_float4(address);
-        UNROLL for (int w = 1; w < WARPS; w++) add(sum[n], load_shared_float4(address + w * PARTIAL));
+        const u32 address = at.base + PARTIALS + buffer * WARPS * PARTIAL
+                            + ((n * TILE_ROWS + own.row) * PITCH + own.batch) * 4;
+        sum[n] = load_shared_float(address);
+        UNROLL for (int w = 1; w < WARPS; w++) sum[n] += load_shared_float(address + w * PARTIAL);
     }
     barrier_arrive(at.base + PART_EMPTY + buffer * 8);
 }
 
-// Sends a tile's sums to the CTA of the cluster that writes it, or there adds those of the others.
-__device__ __forceinline__ void sum_cluster(const Place& at, int owner, int own, int lane, float4 (&sum)[N_TILES]) {
-    const int slot = own & 1, round = own / 2;
-    const u32 slots = at.peer_slots + slot * at.cluster * PARTIAL, full = at.base + PEER_FULL + slot * 8;
+// Sends a tile's sums to the CTA of the cluster that writes it, or there adds those of the others. Slots are handed
+// back only if they will be used again, so that nobody reaches into the memory of a CTA that has ended.
+__device__ __forceinline__ void sum_cluster(const Params& p, const Place& at, int tile, int i, const Result& own,
+        float (&sum)[N_TILES]) {
+    const int owner = i % at.cluster, slot = i / at.cluster & 1, round = i / at.cluster / 2;
+    const u32 slots = at.peer_slots + slot * at.cluster * PEER_PARTIAL, full = at.base + PEER_FULL + slot * 8;
     if (at.rank != owner) {
         if (round > 0) barrier_wait_cluster(at.base + PEER_EMPTY + (owner * 2 + slot) * 8, (round - 1) & 1);
         UNROLL for (int n = 0; n < N_TILES; n++) {
-            const u32 to = peer_address(slots + at.rank * PARTIAL + (n * 32 + lane) * 16, owner);
-            store_peer(to, sum[n], peer_address(full, owner));
+            const u32 to = slots + at.rank * PEER_PARTIAL + (n * RESULTS + own.thread) * 4;
+            store_peer(peer_address(to, owner), sum[n], peer_address(full, owner));
         }
         return;
     }
@@ -436,81 +419,81 @@ __device__ __forceinline__ void sum_cluster(const Place& at, int owner, int own,
     for (int from = 0; from < at.cluster; from++) {
         if (from == at.rank) continue;
         UNROLL for (int n = 0; n < N_TILES; n++)
-            add(sum[n], load_shared_float4(slots + from * PARTIAL + (n * 32 + lane) * 16));
+            sum[n] += load_shared_float(slots + from * PEER_PARTIAL + (n * RESULTS + own.thread) * 4);
     }
-    if (lane == 0) barrier_expect(full, (at.cluster - 1) * PARTIAL);  // for the slot's next round
+    if (tile + 2 * at.cluster * at.tile_step >= p.tiles) return;
+    named_barrier_sync<TILE_SUMMED, FINISHERS>();
+    if (own.thread == 0) barrier_expect(full, (at.cluster - 1) * PEER_PARTIAL);
     __syncwarp();
-    if (lane < at.cluster && lane != at.rank)
-        barrier_arrive_peer(peer_address(at.base + PEER_EMPTY + (at.rank * 2 + slot) * 8, lane));
+    if (own.thread < at.cluster && own.thread != at.rank)
+        barrier_arrive_peer(peer_address(at.base + PEER_EMPTY + (at.rank * 2 + slot) * 8, own.thread));
 }
 
-__device__ __forceinline__ void write(const Params& p, int row, int column, float v) {
-    if (row >= p.rows || column >= p.n) return;
-    const long long index = (long long)row * p.n + column;
-    if (p.out_float) static_cast<float*>(p.out)[index] = v;
-    else static_cast<u16*>(p.out)[index] = (u16)pack(v, 0.0f);
-}
-
-// Scales, adds and activates the sums of this CTA's own-th tile. factor: the norm's, of each batch row.
-__device__ __forceinline__ void write_tile(const Params& p, const Place& at, int tile, int own, int lane,
-        const float4 (&sum)[N_TILES], const float (&factor)[N_TILES][2], const float (&residual)[N_TILES][4]) {
-    const int g = lane / 4, t = lane % 4;
-    float scale[2], bias[2];
-    UNROLL for (int h = 0; h < 2; h++) {
-        const int e = (own * TILE_ROWS + h * 8 + g) * 4;
-        scale[h] = p.scale ? load_shared_float(at.scales + e) : 1.0f;
-        bias[h] = p.bias ? load_shared_float(at.biases + e) : 0.0f;
-    }
+// Scales, activates and adds to the sums of this CTA's own-th tile, rounded at every step as transformers does.
+// Adds to each batch row's squares what it writes.
+__device__ __forceinline__ void write_tile(const Params& p, const Place& at, int tile, int own_tile, const Result& own,
+        const float (&sum)[N_TILES], const float (&residual)[N_TILES], float (&squares)[N_TILES]) {
+    const int e = (own_tile * TILE_ROWS + own.row) * 4, column = output_column(p, tile, own.row);
+    const float scale = p.scale ? load_shared_float(at.scales + e) : 1.0f;
+    const float bias = p.bias ? load_shared_float(at.biases + e) : 0.0f;
     UNROLL for (int n = 0; n < N_TILES; n++) {
-        const float values[4] = {sum[n].x, sum[n].y, sum[n].z, sum[n].w};
-        UNROLL for (int b = 0; b < 2; b++) {
-            const int row = n * 8 + 2 * t + b;
-            const float top = values[b] * factor[n][b] * scale[0] + bias[0];
-            const float low = values[2 + b] * factor[n][b] * scale[1] + bias[1];
-            if (p.gated) {
-                const float v = top / (1.0f + __expf(-top)) * low;
-                write(p, row, output_column(p, tile, 0, g), v + residual[n][b]);
-            } else {
-                write(p, row, output_column(p, tile, 0, g), top + residual[n][b]);
-                write(p, row, output_column(p, tile, 1, g), low + residual[n][2 + b]);
-            }
+        const int batch = n * 8 + own.batch;
+        const long long index = (long long)batch * p.n + column;
+        float v = sum[n] * scale + bias;
+        if (!p.out_float) v = rounded(v);
+        if (p.gated) {
+            const float up = __shfl_down_sync(~0u, v, 8);
+            v = rounded(rounded(v / (1.0f + __expf(-v))) * up);
+        }
+        v += residual[n];
+        if (batch < p.rows && column < p.n) {
+            const u32 word = pack(v, 0.0f);
+            if (p.out_float) static_cast<float*>(p.out)[index] = v;
+            else static_cast<u16*>(p.out)[index] = (u16)word;
+            squares[n] += unpack(word).x * unpack(word).x;
         }
     }
 }
 
-// The epilogue warp: fetches all small operands, then sums and writes tile after tile.
-__device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int lane) {
+// The CTA's sums of squares, for the kernel behind this one.
+__device__ __forceinline__ void write_squares(const Params& p, const Result& own, float (&squares)[N_TILES]) {
+    UNROLL for (int n = 0; n < N_TILES; n++) {
+        UNROLL for (int offset = 1; offset < TILE_ROWS; offset *= 2)
+            squares[n] += __shfl_xor_sync(~0u, squares[n], offset);
+        const int batch = n * 8 + own.batch;
+        if (own.row == 0 && batch < p.rows) p.out_squares[batch * gridDim.x + blockIdx.x] = squares[n];
+    }
+}
+
+// The finishing warps: they fetch all small operands, then sum and write tile after tile.
+__device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, int thread) {
+    const Result own = {thread, thread / TILE_ROWS, thread % TILE_ROWS};
     const u32 x_full = at.base + X_FULL;
     const int x_bytes = at.bytes * X_PER_BYTE, x_begin = at.begin * X_PER_BYTE;
-    if (p.norm_weight && lane == 0) {
+    if (p.norm_weight && thread == 0) {
         barrier_expect_only(x_full, x_bytes);
         bulk_copy(at.norm, p.norm_weight + x_begin, x_bytes, x_full);
     }
-    if (p.scale || p.bias) load_scales(p, at, lane);
+    if (p.scale || p.bias) load_scales(p, at, thread);
 
     asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before this one is done
-    if (lane == 0) barrier_expect(x_full, x_bytes * p.rows);
+    if (thread == 0) barrier_expect(x_full, x_bytes * p.rows);
     __syncwarp();
-    if (lane < p.rows)
-        bulk_copy(at.x + lane * at.x_pitch, p.x + (long long)lane * p.k * 2 + x_begin, x_bytes, x_full);
-    float residual[N_TILES][4];
-    load_residual(p, at.first_tile + at.rank * at.tile_step, lane, residual);
+    if (thread < p.rows)
+        bulk_copy(at.x + thread * at.x_pitch, p.x + (long long)thread * p.k * 2 + x_begin, x_bytes, x_full);
+    float residual[N_TILES], squares[N_TILES] = {};
+    load_residual(p, at.first_tile + at.rank * at.tile_step, own, residual);
 
-    if (p.norm_weight) named_barrier_sync<X_NORMED, WARPS + 1>();
-    const float own_factor = p.norm_weight ? norm_factor(p, at, lane) : 1.0f;
-    float factor[N_TILES][2];
-    UNROLL for (int n = 0; n < N_TILES; n++)
-        UNROLL for (int b = 0; b < 2; b++) factor[n][b] = __shfl_sync(~0u, own_factor, n * 8 + lane % 4 * 2 + b);
     int i = 0;
     for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
-        const int owner = i % at.cluster, own = i / at.cluster;
-        float4 sum[N_TILES];
-        sum_warps(at, i, lane, sum);
-        if (at.cluster > 1) sum_cluster(at, owner, own, lane, sum);
-        if (at.rank != owner) continue;
-        write_tile(p, at, tile, own, lane, sum, factor, residual);
-        if (p.residual) load_residual(p, tile + at.cluster * at.tile_step, lane, residual);
+        float sum[N_TILES];
+        sum_warps(at, i, own, sum);
+        if (at.cluster > 1) sum_cluster(p, at, tile, i, own, sum);
+        if (at.rank != i % at.cluster) continue;
+        write_tile(p, at, tile, i / at.cluster, own, sum, residual, squares);
+        if (p.residual) load_residual(p, tile + at.cluster * at.tile_step, own, residual);
     }
+    if (p.out_squares) write_squares(p, own, squares);
 }
 
 // The producer warp's one thread: weights into the ring, stage after stage.
@@ -538,11 +521,12 @@ __device__ __forceinline__ void stream_weights(const Params& p, const Place& at)
 
 // A consumer warp: its blocks of every stage, and at a tile's end its partial results.
 __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at, int warp, int lane) {
-    barrier_wait(at.base + X_FULL, 0);
     if (p.norm_weight) {
-        norm_x(p, at, warp, lane);
-        named_barrier_sync<X_NORMED, WARPS + 1>();
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        find_factors(p, at, warp, lane);
     }
+    barrier_wait(at.base + X_FULL, 0);
+    if (p.norm_weight) norm_x(p, at, warp, lane);
     // Of a block's eight 16-byte units thread t takes two; with the swizzle of the rows and the pitch of x
     // no two threads of a quarter warp meet in a bank.
     const int g = lane / 4, t = lane % 4, segments = (at.bytes + SEGMENT - 1) / SEGMENT;
@@ -576,11 +560,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Place& at,
         if (i > 1) barrier_wait(at.base + PART_EMPTY + buffer * 8, (i / 2 - 1) & 1);
         UNROLL for (int n = 0; n < N_TILES; n++) {
             const float(&a)[4] = sums[0][n], (&b)[4] = sums[1][n];
-            store_shared(at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL + (n * 32 + lane) * 16,
-                         make_float4(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]));
+            const u32 to = at.base + PARTIALS + (buffer * WARPS + warp) * PARTIAL
+                           + ((n * TILE_ROWS + g) * PITCH + 2 * t) * 4;
+            store_shared(to, make_float2(a[0] + b[0], a[1] + b[1]));
+            store_shared(to + 8 * PITCH * 4, make_float2(a[2] + b[2], a[3] + b[3]));
         }
-        if (buffer == 0) named_barrier_arrive<PART_FULL, WARPS + 1>();
-        else named_barrier_arrive<PART_FULL + 1, WARPS + 1>();
+        if (buffer == 0) named_barrier_arrive<PART_FULL, WARPS + FINISHERS>();
+        else named_barrier_arrive<PART_FULL + 1, WARPS + FINISHERS>();
     }
 }
 
@@ -590,16 +576,13 @@ __device__ __forceinline__ void init_barriers(const Params& p, u32 base, int clu
         barrier_init(base + EMPTY + s * 8, TEAM);
     }
     barrier_init(base + X_FULL, 1);
-    barrier_init(base + SQUARES_FULL, 1);
     for (int b = 0; b < 2; b++) {
-        barrier_init(base + PART_EMPTY + b * 8, 32);
+        barrier_init(base + PART_EMPTY + b * 8, RESULTS);
         barrier_init(base + PEER_FULL + b * 8, 1);
         for (int c = 0; c < cluster; c++) barrier_init(base + PEER_EMPTY + (c * 2 + b) * 8, 1);
     }
-    if (cluster > 1) {
-        barrier_expect(base + SQUARES_FULL, cluster * 64);
-        for (int b = 0; b < 2; b++) barrier_expect(base + PEER_FULL + b * 8, (cluster - 1) * PARTIAL);
-    }
+    if (cluster > 1)
+        for (int b = 0; b < 2; b++) barrier_expect(base + PEER_FULL + b * 8, (cluster - 1) * PEER_PARTIAL);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -616,7 +599,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const __g
     at.begin = at.rank * p.slice, at.bytes = min(p.slice, p.k * ELEMENT - at.begin);
     at.x_pitch = p.slice * X_PER_BYTE + (ELEMENT == 2 ? 64 : 16);
     at.peer_slots = at.base + PARTIALS + 2 * WARPS * PARTIAL;
-    at.scales = at.peer_slots + (at.cluster > 1 ? 2 * at.cluster * PARTIAL : 0);
+    at.scales = at.peer_slots + (at.cluster > 1 ? 2 * at.cluster * PEER_PARTIAL : 0);
     at.biases = at.scales + (p.scale ? p.own_tiles * TILE_ROWS * 4 : 0);
     at.norm = at.biases + (p.bias ? p.own_tiles * TILE_ROWS * 4 : 0);
     at.x = at.norm + (p.norm_weight ? p.slice * X_PER_BYTE : 0);
@@ -630,15 +613,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stream_linear(const __g
     }
     if (warp == WARPS) {
         if (lane == 0) stream_weights(p, at);
-        __syncwarp();
-    } else if (warp == WARPS + 1) {
-        finish_tiles(p, at, lane);
+    } else if (warp > WARPS) {
+        finish_tiles(p, at, threadIdx.x - (WARPS + 1) * 32);
     } else {
         multiply_tiles(p, at, warp, lane);
-    }
-    if (at.cluster > 1) {  // no CTA leaves while another may still write to its shared memory
-        __syncwarp();
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     }
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from hasten.kernels.cuda.hidden_rows import HiddenRows
 from hasten.kernels.cuda.nvrtc import MAX_SHARED_BYTES, Kernel, load_kernel, tensor_map
 
 MAX_ROWS = 16
@@ -67,11 +68,12 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("map", _TensorMap),
-        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "norm_weight", "residual", "out")),
-        *((name, ctypes.c_int) for name in ("n", "k", "rows", "tiles", "own_tiles", "stages", "in_flight")),
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "norm_weight", "squares", "residual", "out")),
+        ("out_squares", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("n", "k", "rows", "tiles", "parts", "own_tiles", "stages", "in_flight")),
         *((name, ctypes.c_int) for name in ("slice", "gated", "out_float")),
         ("eps", ctypes.c_float),
-        ("padding", ctypes.c_int * 9),  # to the alignment of 64 bytes
+        ("padding", ctypes.c_int * 4),  # to the alignment of 64 bytes
     )
 
 
@@ -134,14 +136,16 @@ def stream_linear(
     """The product of up to 16 rows, with what stands before and after it in a decoder.
 
     Args:
-        x: [rows, k] bf16 or fp16, contiguous.
+        x: [rows, k] bf16 or fp16, contiguous; a norm takes its factors from the squares of HiddenRows.
         weight: [n, k], as x, or int8 or float8_e4m3fn with `scale`; see `supports`.
         scale: [n] float32.
         bias: [n], as x.
         norm_weight: [k], as x: x is first divided by its root mean square and multiplied by this.
-        residual: of the result's shape, as x, added last; may be `out`.
+        residual: of the result's shape, as x, added last; may be `out`. The result is then HiddenRows with squares.
         gated: the first half of the weights' rows gates the second: silu(first) * second, [rows, n / 2].
         out: the result's memory, as x or float32.
+
+    Rounded wherever transformers rounds to x's dtype, only float32 results are not.
     """
     rows, k = x.shape
     weight_rows = weight.shape[0]
@@ -160,17 +164,23 @@ def stream_linear(
     config = config or default_config(weight, rows)
     vectors = (scale is not None) + (bias is not None)
     plan = _plan(n, k, rows, size, gated, vectors, norm_weight is not None, config, x.device.index or 0)
+    squares = x.squares if isinstance(x, HiddenRows) else None
+    assert squares is None or (squares.dtype == torch.float32 and squares.is_contiguous() and len(squares) == rows)
+    out_squares = None
+    if residual is not None:
+        out_squares = torch.empty(rows, plan.grid, dtype=torch.float32, device=x.device)
+        out = HiddenRows.of(out, squares=out_squares)
+    tensors = (x, scale, bias, norm_weight, squares, residual, out, out_squares)
     params = _Params(
         _TensorMap.from_buffer_copy(_weight_map(weight, config.segment_bytes)),
-        x.data_ptr(),
-        *(None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, norm_weight, residual)),
-        out.data_ptr(),
-        *(n, k, rows, plan.tiles, plan.own_tiles, plan.stages, plan.in_flight),
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(n, k, rows, plan.tiles, 0 if squares is None else squares.shape[1]),
+        *(plan.own_tiles, plan.stages, plan.in_flight),
         *(plan.slice_bytes, gated, out.dtype == torch.float32),
         eps,
     )
     kernel = _kernel(WEIGHT_KINDS[weight.dtype], x.dtype == torch.float16, 1 if rows <= 8 else 2, config)
-    kernel.launch(plan.grid, (config.warps + 2) * 32, plan.shared_bytes, params, cluster=config.cluster)
+    kernel.launch(plan.grid, _num_threads(config), plan.shared_bytes, params, cluster=config.cluster)
     return out
 
 
@@ -260,7 +270,7 @@ def _weight_map(weight: torch.Tensor, segment_bytes: int) -> bytes:
 def _resident_clusters(cluster: int, device: int) -> int:
     """Clusters that run at once with a multiprocessor for each CTA; all tiles are dealt to these."""
     kernel = _kernel(0, False, 1, StreamConfig())
-    return kernel.resident_clusters((StreamConfig.warps + 2) * 32, SHARED_BYTES, cluster)
+    return kernel.resident_clusters(_num_threads(StreamConfig()), SHARED_BYTES, cluster)
 
 
 @functools.cache
@@ -330,10 +340,14 @@ def _stage_bytes(config: StreamConfig) -> int:
 
 def _head_bytes(k: int, rows: int, element_size: int, config: StreamConfig, normed: bool) -> int:
     """Shared memory ahead of the ring, scales and biases aside; mirrors the layout in stream_linear.cu."""
-    partial = (1 if rows <= 8 else 2) * 512
-    squares = 16 * config.warps * 4 + MAX_CLUSTER * 16 * 4
-    peers = 2 * config.cluster * partial if config.cluster > 1 else 0
+    n_tiles = 1 if rows <= 8 else 2
+    peers = 2 * config.cluster * n_tiles * 512 if config.cluster > 1 else 0
     slice_bytes = _slice_bytes(k * element_size, config)
     x_bytes = slice_bytes * (2 // element_size)
     x_pitch = x_bytes + (64 if element_size == 2 else 16)
-    return 512 + squares + 2 * config.warps * partial + peers + rows * x_pitch + (x_bytes if normed else 0)
+    return 512 + 16 * 4 + 2 * config.warps * n_tiles * 640 + peers + rows * x_pitch + (x_bytes if normed else 0)
+
+
+def _num_threads(config: StreamConfig) -> int:
+    """Those that multiply, one warp that fetches weights and four that finish."""
+    return (config.warps + 5) * 32
