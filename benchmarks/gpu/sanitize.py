@@ -29,10 +29,10 @@ def products() -> None:
     import torch
 
     from hasten.kernels.cuda.int8_matmul import int8_matmul
-    from hasten.kernels.cuda.stream_linear import stream_linear
+    from hasten.kernels.cuda.stream_linear import stream_linear, supports
 
     many_tiles = 16 * 3 * torch.cuda.get_device_properties(0).multi_processor_count  # each CTA has several
-    shapes = ((1, 100, 640, False), (7, 96, 1024, True), (16, 515, 896, False), (2, many_tiles, 640, False))
+    shapes = ((1, 128, 640, False), (7, 96, 1024, True), (16, 515, 896, False), (2, many_tiles, 640, False))
     for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         for rows, n, k, is_gated in shapes:
             x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
@@ -40,6 +40,12 @@ def products() -> None:
             scale = None if dtype == torch.bfloat16 else torch.rand(n, device="cuda")
             norm = torch.rand(k, device="cuda", dtype=torch.bfloat16)
             stream_linear(x, weight, scale=scale, norm_weight=norm, eps=1e-5, gated=is_gated)
+            if not is_gated:  # leaves its squares to a norm
+                hidden = torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16)
+                hidden = stream_linear(x, weight, scale=scale, residual=hidden)
+                behind, weights = torch.ones(64, n, device="cuda", dtype=torch.bfloat16), torch.ones_like(hidden[0])
+                if supports(behind, rows):
+                    stream_linear(hidden, behind, norm_weight=weights, eps=1e-5)
             if dtype == torch.int8:
                 int8_matmul(torch.randn(33, k, device="cuda", dtype=torch.bfloat16), weight, scale)
 
@@ -53,8 +59,11 @@ def clusters() -> None:
     x = torch.randn(9, 4096, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(100, 4096, device="cuda", dtype=torch.bfloat16)
     norm = torch.rand(4096, device="cuda", dtype=torch.bfloat16)
+    square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for cluster in (2, 4):
-        stream_linear(x, weight, norm_weight=norm, eps=1e-5, config=StreamConfig(cluster=cluster))
+        config = StreamConfig(cluster=cluster)
+        hidden = stream_linear(x, square, residual=torch.zeros_like(x), config=config)
+        stream_linear(hidden, weight, norm_weight=norm, eps=1e-5, config=config)
 
 
 def attention() -> None:
@@ -95,7 +104,7 @@ def elementwise() -> None:
     for rows, size in ((1, 72), (33, 515), (9, 4096)):
         x = torch.randn(rows, 2 * size, device="cuda", dtype=torch.bfloat16)
         weight = torch.rand(2 * size, device="cuda", dtype=torch.bfloat16)
-        rms_norm(x, weight, 1e-5)
+        rms_norm(x, weight, 1e-5, addend=torch.ones_like(x))
         rms_norm_fp8(x, weight, 1e-5)
         quantize_fp8(x)
         silu_mul(x)

@@ -36,6 +36,10 @@ HALF_SHARED_BYTES = 114 << 10
 SOURCE = Path(__file__).with_name("stream_linear.cu")
 TILE_ROWS = 16
 MIN_STAGES, MAX_STAGES = 3, 16  # more than there are teams
+MOST_X_BYTES_ALONE, MOST_X_BYTES_IN_CLUSTER = 24 << 10, 64 << 10
+"""Of x in a CTA, above which a larger cluster is faster. Every CTA reads its part of x from L2 as weights stream
+through it, and what it keeps of x the ring does not have; a cluster's CTAs wait for each other."""
+
 SCALE_BYTES = 8 << 10
 """More than scales and biases take in any shape met; part of whether a configuration fits."""
 
@@ -99,12 +103,10 @@ def default_config(weight: torch.Tensor, rows: int) -> StreamConfig:
     """
     k, size = weight.shape[1], weight.element_size()
     fitting = _fitting(k, rows, size)
-    if size == 2:
-        small = [config for config in fitting if rows * k * 2 // config.cluster < (64 << 10) + (config.cluster > 1)]
-        return (small or fitting[-1:])[0]
-    if rows <= 2:
-        return replace(fitting[0], teams=1 if weight.dtype == torch.int8 else 2, in_turns=True)
-    return fitting[0]
+    if size == 1 and rows > 2:
+        return fitting[0]
+    best = next((config for config in fitting if rows * k * 2 // config.cluster <= _most_x_bytes(config)), fitting[-1])
+    return best if size == 2 else replace(best, teams=1 if weight.dtype == torch.int8 else 2, in_turns=True)
 
 
 def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
@@ -288,6 +290,10 @@ def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConf
         "WARPS": config.warps,
         "TEAMS": config.teams,
     }
+
+
+def _most_x_bytes(config: StreamConfig) -> int:
+    return MOST_X_BYTES_ALONE if config.cluster == 1 else MOST_X_BYTES_IN_CLUSTER
 
 
 @functools.cache
