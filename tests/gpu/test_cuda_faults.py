@@ -123,9 +123,13 @@ def test_logits_that_are_not_numbers_end_their_request_alone(scheme: str, model:
     shutil.copytree(model, poisoned)
     weights = load_file(poisoned / "model.safetensors")
     weights["model.embed_tokens.weight"][POISON] = torch.nan
+    weights["lm_head.weight"][POISON] = 0  # so that it is not generated: 0 is far below the largest logit
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     decoder = load_decoder(poisoned, scheme, "cuda")
-    clean = [greedy(f"r{number}", 5 + 30 * number, 24, temperature=number % 2, seed=number) for number in range(6)]
+    clean = [
+        greedy(f"r{number}", 5 + 30 * number, 24, temperature=number % 2, seed=number, min_p=0.05)
+        for number in range(6)
+    ]
     clean = [each for each in clean if POISON not in each.prompt_token_ids]
     assert len(clean) >= 4
     bad = [

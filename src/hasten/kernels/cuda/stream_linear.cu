@@ -326,7 +326,7 @@ __device__ __forceinline__ void find_factors(const Params& p, const Place& at, i
         UNROLL for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
         if (lane == 0) store_shared_float(at.base + FACTORS + row * 4, rsqrtf(sum / p.k + p.eps));
     }
-    named_barrier_sync<FACTORS_FOUND, WARPS>();
+    named_barrier_sync<FACTORS_FOUND, WARPS + FINISHERS>();
 }
 
 // Normalizes this CTA's part of x, in shared memory; rounded before the norm's weights and after them.
@@ -354,7 +354,7 @@ __device__ __forceinline__ void norm_x(const Params& p, const Place& at, int war
             }
         }
     }
-    named_barrier_sync<X_NORMED, WARPS>();
+    named_barrier_sync<X_NORMED, WARPS + FINISHERS>();
 }
 
 // Scales and biases of the tiles that this CTA writes, as floats: [own tile][tile row].
@@ -483,6 +483,10 @@ __device__ __forceinline__ void finish_tiles(const Params& p, const Place& at, i
         bulk_copy(at.x + thread * at.x_pitch, p.x + (long long)thread * p.k * 2 + x_begin, x_bytes, x_full);
     float residual[N_TILES], squares[N_TILES] = {};
     load_residual(p, at.first_tile + at.rank * at.tile_step, own, residual);
+    if (p.norm_weight) {  // nothing is to be done here until then; racecheck loses the first tile's hand-over without
+        named_barrier_sync<FACTORS_FOUND, WARPS + FINISHERS>();
+        named_barrier_sync<X_NORMED, WARPS + FINISHERS>();
+    }
 
     int i = 0;
     for (int tile = at.first_tile; tile < p.tiles; tile += at.tile_step, i++) {
