@@ -32,6 +32,12 @@ class ServeProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def grpc_address(self) -> str:
+        """Host and port, of one with --grpc-port that is ready."""
+        [address] = re.findall(r"gRPC (\S+)$", "".join(self.lines), re.MULTILINE)
+        return str(address)
+
     def wait_until_ready(self) -> "ServeProcess":
         assert self._is_ready.wait(START_TIMEOUT_S), "".join(self.lines)
         assert self.url, "".join(self.lines)

@@ -1,4 +1,4 @@
-"""`hasten bench online` against a server that computes nothing: real sockets, real processes."""
+"""`hasten bench online` against a server that computes nothing, and over gRPC against hasten's own; real sockets."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from serve_process import MODEL, ServeProcess
 
 from hasten.bench.endpoints import OnlineRequest, OpenAIEndpoint
 from hasten.bench.http_stream import Address, Connection
@@ -20,12 +21,12 @@ from hasten.bench.load import LoadGenerator
 from hasten.bench.metrics import itl_s, median, summarize, tpot_s
 from hasten.bench.result import BenchResult, read_result
 from hasten.cli.main import run
+from hasten.errors import EndpointError, UsageError
 from hasten.pipeline.bench_online import bench_online
 from hasten.pipeline.config import OnlineConfig
 
 ROOT = Path(__file__).parents[2]
 NULL_SERVER = ROOT / "benchmarks" / "serving" / "null_server.py"
-MODEL = ROOT / "examples" / "models" / "tiny-llama"
 
 
 @contextmanager
@@ -295,3 +296,114 @@ def test_the_null_server_speaks_the_events_that_it_says() -> None:
     assert (done, nothing) == (b"data: [DONE]", b"")
     assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == [" null", " null", ""]
     assert chunks[-1]["usage"]["completion_tokens"] == 2
+
+
+def measure_grpc(server: ServeProcess, scheme: str = "grpc", **fields: object) -> BenchResult:
+    return measure(f"{scheme}://{server.grpc_address}", **({"api": "kserve", "model": "tiny-llama"} | fields))
+
+
+def test_grpc_gives_the_same_tokens_as_http(server: ServeProcess) -> None:
+    fields = {"api": "kserve", "model": "tiny-llama", "tokenizer": MODEL, "concurrency": (1, 4), "new_tokens": "5-9"}
+    over_grpc, over_http = measure_grpc(server, **fields), measure(server.url, **fields)
+
+    def lengths(result: BenchResult) -> list[list[tuple[int, int]]]:
+        return [
+            sorted((request.num_prompt_tokens, len(request.token_times_s)) for request in each.requests)
+            for each in result.runs
+        ]
+
+    assert errors_of(over_grpc) == {None: 15}
+    assert lengths(over_grpc) == lengths(over_http)
+    assert over_grpc.missing.keys() == over_http.missing.keys()
+    assert over_grpc.memory is not None and over_grpc.config.load is not None
+    assert over_grpc.config.load.url == f"grpc://{server.grpc_address}"
+    for each in over_grpc.runs:
+        for request in each.requests:
+            assert list(request.token_times_s) == sorted(request.token_times_s)
+            assert each.start_s <= request.submitted_s < request.token_times_s[0]
+
+
+def test_an_open_loop_over_grpc(server: ServeProcess) -> None:
+    result = measure_grpc(server, rate=40.0, requests=12, new_tokens="4")
+    assert errors_of(result) == {None: 12}
+    assert [len(request.token_times_s) for request in result.runs[0].requests] == [4] * 12
+
+
+def test_what_the_server_refuses_over_grpc_is_counted_with_its_reason(server: ServeProcess) -> None:
+    result = measure_grpc(server, new_tokens="4000", prompt_tokens="8", requests=1)
+    assert set(errors_of(result)) and all("must be at most 2048" in str(error) for error in errors_of(result))
+
+
+def test_an_answer_over_grpc_that_takes_too_long_is_given_up(server: ServeProcess) -> None:
+    result = measure_grpc(server, new_tokens="1900", prompt_tokens="8", requests=1, timeout=1.0)
+    assert errors_of(result) == {"no whole answer within 1 s": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "is gRPC, which only KServe has: add --api kserve --model NAME"),
+        (("--api", "kserve"), 2, "name one with --model"),
+        (("--api", "kserve", "--model", "nosuch"), 2, "there is no model 'nosuch'"),
+        (("--api", "kserve", "--model", "tiny-llama_tokens"), 2, "has no input text_input"),
+    ],
+)
+def test_a_mistake_over_grpc_is_one_sentence(
+    server: ServeProcess, options: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "online", f"grpc://{server.grpc_address}", *options]) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hasten: ") and message in error
+
+
+def test_a_port_that_is_not_for_grpc_and_one_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--api", "kserve", "--model", "null")
+    with null_server() as (url, _):
+        address = url.replace("http://", "grpc://")
+        assert run(["bench", "online", address, *options]) == 1
+        assert "that it is the one for gRPC" in capsys.readouterr().err
+    assert run(["bench", "online", address, *options]) == 1
+    assert "Connection refused" in capsys.readouterr().err
+
+
+def test_grpc_with_a_key_and_tls_until_the_server_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, cert, key, wrong = (tmp_path / name for name in ("keys", "cert.pem", "key.pem", "wrong"))
+    keys.write_text("sesame-open\n")
+    wrong.write_text("sesame-shut\n")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout", str(key)]
+    subprocess.run([*make, "-out", str(cert), *subject], check=True, capture_output=True)
+    options = ("--api-key-file", str(keys), "--tls-cert", str(cert), "--tls-key", str(key))
+    started = ServeProcess("--grpc-port", "0", *options).wait_until_ready()
+    try:
+        with pytest.raises(EndpointError, match="cannot be used"):
+            measure_grpc(started, "grpcs", api_key_file=keys)  # its certificate is not trusted
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        for key_file, cure in ((None, "give the server's key"), (wrong, "check the key")):
+            with pytest.raises(UsageError, match=f"UNAUTHENTICATED.*{cure}"):
+                measure_grpc(started, "grpcs", api_key_file=key_file)
+        assert errors_of(measure_grpc(started, "grpcs", api_key_file=keys)) == {None: 6}
+
+        def kill_in_the_second_run(progress: object) -> None:
+            if "run 2 of" in getattr(progress, "detail", ""):
+                started.process.kill()
+
+        config = OnlineConfig(
+            url=f"grpcs://{started.grpc_address}",
+            api="kserve",
+            model="tiny-llama",
+            api_key_file=keys,
+            concurrency=(2,),
+            runs=9,
+            warmup=0,
+            requests=2,
+            new_tokens="50",
+        )
+        result = bench_online(config, kill_in_the_second_run)
+    finally:
+        started.close()
+    assert len(result.runs) == 2 and errors_of(result)[None] == 4
+    cut, gone = "the call ended with UNAVAILABLE: ", "no connection: no server that speaks gRPC answers at "
+    assert all(str(request.error).startswith((cut, gone)) for request in result.runs[1].requests)
+    assert result.failure is not None
+    assert "sesame-open" not in repr(result)

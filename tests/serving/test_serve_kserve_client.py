@@ -29,13 +29,8 @@ def http_client(server: ServeProcess, **options: Any) -> Any:
     return triton_http.InferenceServerClient(server.url.partition("://")[2], **options)
 
 
-def grpc_address(server: ServeProcess) -> str:
-    [address] = re.findall(r"gRPC (\S+)$", "".join(server.lines), re.MULTILINE)
-    return str(address)
-
-
 def grpc_client(server: ServeProcess, **options: Any) -> Any:
-    return triton_grpc.InferenceServerClient(grpc_address(server), **options)
+    return triton_grpc.InferenceServerClient(server.grpc_address, **options)
 
 
 @pytest.fixture(params=["http", "grpc"])
@@ -220,4 +215,4 @@ def test_keys_and_tls_and_draining(tmp_path: Path) -> None:
 
 def test_perf_analyzer_takes_the_server_for_a_triton(server: ServeProcess, tmp_path: Path) -> None:
     """NVIDIA's perf_analyzer, unchanged; test_triton_server has it against tritonserver."""
-    check_streams(grpc_address(server), tmp_path)
+    check_streams(server.grpc_address, tmp_path)

@@ -25,7 +25,9 @@ from grpc_load import check_streams
 from serve_process import MODEL
 from triton_venv import triton_environment
 
-from hasten.pipeline.config import GenerateConfig, TritonConfig
+from hasten.errors import UsageError
+from hasten.pipeline.bench_online import bench_online
+from hasten.pipeline.config import GenerateConfig, OnlineConfig, TritonConfig
 from hasten.pipeline.export import export_triton
 from hasten.pipeline.generate import generate
 from hasten.request import Completion
@@ -255,6 +257,19 @@ def test_many_requests_of_both_models_at_once(triton: TritonProcess, expected: d
 
 def test_perf_analyzer_gets_its_streams(triton: TritonProcess, tmp_path: Path) -> None:
     check_streams(triton.grpc, tmp_path)
+
+
+def test_bench_online_measures_it_over_grpc_as_over_http(triton: TritonProcess) -> None:
+    fields: dict[str, Any] = {"concurrency": (1, 4), "runs": 1, "warmup": 0, "requests": 2, "prompt_tokens": "32"}
+    lengths = []
+    for url in (f"grpc://{triton.grpc}", triton.http):
+        config = OnlineConfig(url=url, api="kserve", model="tiny-llama", tokenizer=MODEL, new_tokens="5-9", **fields)
+        requests = [request for each in bench_online(config).runs for request in each.requests]
+        assert {request.error for request in requests} == {None}
+        lengths.append(sorted((request.num_prompt_tokens, len(request.token_times_s)) for request in requests))
+    assert lengths[0] == lengths[1]
+    with pytest.raises(UsageError, match="unknown model"):
+        bench_online(OnlineConfig(url=f"grpc://{triton.grpc}", api="kserve", model="other"))
 
 
 def test_stop_words_end_the_text_before_them(triton: TritonProcess, expected: dict[str, Completion]) -> None:

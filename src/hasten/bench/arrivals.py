@@ -20,6 +20,7 @@ from hasten.errors import UsageError
 
 Arrivals = Literal["poisson", "constant"]
 
+MAX_LENGTH = 2**31 - 1  # what KServe's INT32 holds
 MAX_SPREAD = 16  # a lognormal length is at most this many times its median
 _LENGTHS = re.compile(r"(?P<low>\d+)(-(?P<high>\d+))?|lognormal:(?P<median>\d+):(?P<sigma>\d*\.?\d+)")
 
@@ -38,7 +39,7 @@ class Lengths:
         """Of "128", "64-256" or "lognormal:128:0.5" (median and sigma of the logarithm).
 
         Raises:
-            UsageError: it is none of them, or a length is 0.
+            UsageError: it is none of them, or a length is 0 or above MAX_LENGTH.
         """
         match = _LENGTHS.fullmatch(text.strip())
         if match is None:
@@ -48,8 +49,8 @@ class Lengths:
             lengths = cls(text, median, median * MAX_SPREAD, float(match["sigma"]))
         else:
             lengths = cls(text, int(match["low"]), int(match["high"] or match["low"]))
-        if not 1 <= lengths.low <= lengths.high:
-            raise UsageError(f"{flag} needs lengths of at least 1, the lower first, got {text!r}")
+        if not 1 <= lengths.low <= lengths.high <= MAX_LENGTH:
+            raise UsageError(f"{flag} needs lengths from 1 to {MAX_LENGTH}, the lower first, got {text!r}")
         return lengths
 
     def draw(self, source: random.Random) -> int:
@@ -69,8 +70,8 @@ class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request of a trace; arrival_s counts from the trace's beginning."""
 
     arrival_s: Annotated[float, msgspec.Meta(ge=0)]
-    prompt_tokens: Annotated[int, msgspec.Meta(ge=1)]
-    output_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)]
 
 
 def read_trace(path: Path) -> tuple[TraceLine, ...]:

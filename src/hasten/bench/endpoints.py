@@ -1,12 +1,12 @@
 """What is sent to a server and what its answer says, for each API that streams text.
 
 `OpenAIEndpoint` is completions and chat of OpenAI's API and of those who speak it (vLLM, llama.cpp,
-hasten); `KServeEndpoint` is Triton's generate_stream extension of KServe v2. Every request asks for
-exactly its number of tokens, greedily; `optional` are fields that not every server takes, and `probe`
-finds out which it does. Knows bytes, not sockets.
+hasten); `KServeEndpoint` is Triton's generate_stream extension of KServe v2, whose gRPC is in
+`kserve_messages`. Every request asks for exactly its number of tokens, greedily; `optional` are fields that not
+every server takes, and `probe` finds out which it does. Knows bytes, not sockets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ TOKEN_IDS = "return_token_ids"
 OPENAI_OPTIONAL = (TOKEN_IDS, IGNORE_EOS, USAGE)
 COUNTS = ("return_num_input_tokens", "return_num_output_tokens")
 DONE = b"[DONE]"
+MAX_CHUNK_TOKENS = 1 << 20  # that many times are kept for a chunk, so a wrong count must not be believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ class _OpenAIChunk(msgspec.Struct):
     error: Any = None
 
 
-class _KServeChunk(msgspec.Struct):
+class KServeChunk(msgspec.Struct):
+    """One response of a KServe stream: the outputs that are measured, or an error."""
+
     text_output: str | list[str] | None = None
     num_input_tokens: int | list[int] | None = None
     num_output_tokens: int | list[int] | None = None
@@ -102,7 +105,7 @@ class _KServeChunk(msgspec.Struct):
 
 
 _openai = msgspec.json.Decoder(_OpenAIChunk)
-_kserve = msgspec.json.Decoder(_KServeChunk)
+_kserve = msgspec.json.Decoder(KServeChunk)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class KServeEndpoint:
         return f"/v2/models/{self.model}/generate_stream"
 
     def body(self, request: OnlineRequest) -> bytes:
-        fields = {"stream": True, "max_tokens": request.num_tokens, "temperature": 0, IGNORE_EOS: True}
+        fields = kserve_fields(request)
         if self.is_counted:
             fields |= dict.fromkeys(COUNTS, True)
         return msgspec.json.encode(
@@ -183,30 +186,57 @@ class KServeEndpoint:
         )
 
     def read(self, times_s: Sequence[float], parts: Sequence[bytes]) -> Answer:
-        chunks: list[Chunk] = []
-        num_prompt_tokens, error = None, None
-        for time_s, data in timed_events(times_s, parts):
-            try:
-                event = _kserve.decode(data)
-            except msgspec.DecodeError:
-                error = "the server sent an event that is not an answer of generate_stream"
-                break
+        return kserve_answer(_kserve_events(times_s, parts))
+
+
+class NotAnAnswerError(Exception):
+    """What came is not what the API sends, in one sentence."""
+
+
+def kserve_fields(request: OnlineRequest) -> dict[str, Any]:
+    """What a KServe model is asked for beside the prompt and the counts."""
+    return {"stream": True, "max_tokens": request.num_tokens, "temperature": 0, IGNORE_EOS: True}
+
+
+def kserve_answer(events: Iterable[tuple[float, KServeChunk]]) -> Answer:
+    """The answer whose responses came at these times.
+
+    Args:
+        events: may raise NotAnAnswerError.
+    """
+    chunks: list[Chunk] = []
+    num_prompt_tokens, error = None, None
+    try:
+        for time_s, event in events:
             if event.error is not None:
                 error = f"the server reported: {error_text(event.error)}"
                 break
             text = event.text_output if isinstance(event.text_output, str) else "".join(event.text_output or ())
             num_tokens = _first(event.num_output_tokens)
             num_prompt_tokens = _first(event.num_input_tokens) or num_prompt_tokens
+            if num_tokens is not None and not 0 <= num_tokens <= MAX_CHUNK_TOKENS:
+                raise NotAnAnswerError(f"the server sent {num_tokens} as the number of tokens of one response")
             if text or num_tokens:
                 chunks.append(Chunk(time_s, len(text), num_tokens))
-        counts = [chunk.num_tokens for chunk in chunks if chunk.num_tokens is not None]
-        total = sum(counts) if counts and len(counts) == len(chunks) else None
-        return Answer(tuple(chunks), total, num_prompt_tokens, "length" if chunks else None, error)
+    except NotAnAnswerError as reason:
+        error = str(reason)
+    counts = [chunk.num_tokens for chunk in chunks if chunk.num_tokens is not None]
+    total = sum(counts) if counts and len(counts) == len(chunks) else None
+    return Answer(tuple(chunks), total, num_prompt_tokens, "length" if chunks else None, error)
+
+
+def _kserve_events(times_s: Sequence[float], parts: Sequence[bytes]) -> Iterator[tuple[float, KServeChunk]]:
+    for time_s, data in timed_events(times_s, parts):
+        try:
+            event = _kserve.decode(data)
+        except msgspec.DecodeError as error:
+            raise NotAnAnswerError("the server sent an event that is not an answer of generate_stream") from error
+        yield time_s, event
 
 
 def _first(value: int | list[int] | None) -> int | None:
     """Of a tensor of one element, which Triton writes with or without brackets."""
-    return value[0] if isinstance(value, list) else value
+    return next(iter(value), None) if isinstance(value, list) else value
 
 
 def error_text(error: Any) -> str:

@@ -18,6 +18,8 @@ from hasten.errors import UsageError
 from hasten.extras import require
 
 CONNECT_TIMEOUT_S = 10.0
+HTTP_SCHEMES = ("http", "https")
+GRPC_SCHEMES = ("grpc", "grpcs")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Address:
     Args:
         prefix: path before the API's own, "" for none.
         key: sent as a bearer token.
+        is_grpc: whether it speaks gRPC, not HTTP/1.1.
     """
 
     host: str
@@ -34,6 +37,7 @@ class Address:
     is_tls: bool = False
     prefix: str = ""
     key: str | None = field(default=None, repr=False)
+    is_grpc: bool = False
 
     @classmethod
     def from_url(cls, url: str, key: str | None = None) -> "Address":
@@ -44,9 +48,10 @@ class Address:
         except ValueError as error:
             raise UsageError(f"{url!r} is not an address such as http://127.0.0.1:8000: {error}") from error
         _check_url(url, parts)
-        is_tls = parts.scheme == "https"
+        is_tls = parts.scheme in ("https", "grpcs")
+        is_grpc = parts.scheme in GRPC_SCHEMES
         prefix = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/v2")
-        return cls(parts.hostname or "", port or (443 if is_tls else 80), is_tls, prefix, key)
+        return cls(parts.hostname or "", port or (443 if is_tls else 80), is_tls, prefix, key, is_grpc)
 
     @property
     def netloc(self) -> str:
@@ -55,7 +60,8 @@ class Address:
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.is_tls else ''}://{self.netloc}{self.prefix}"
+        scheme = (GRPC_SCHEMES if self.is_grpc else HTTP_SCHEMES)[self.is_tls]
+        return f"{scheme}://{self.netloc}{self.prefix}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -69,10 +75,12 @@ class Address:
 
 
 def _check_url(url: str, parts: SplitResult) -> None:
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in HTTP_SCHEMES + GRPC_SCHEMES or not parts.hostname:
         raise UsageError(f"{url!r} is not an address such as http://127.0.0.1:8000")
     if parts.username is not None or parts.query:
         raise UsageError(f"{url!r} has a name or a query: give http://HOST:PORT and the key by --api-key-file")
+    if parts.scheme in GRPC_SCHEMES and parts.path.strip("/"):
+        raise UsageError(f"{url!r} has a path, which gRPC has not: give {parts.scheme}://{parts.netloc}")
 
 
 @dataclass(slots=True)
@@ -81,7 +89,8 @@ class Exchange:
 
     Args:
         ended_s: when the last byte was read, or the failure was known.
-        error: one sentence where no whole answer was read. An answer with another status than 200 is whole.
+        status: of HTTP; for gRPC the one that means the same, None where there is none.
+        error: one sentence where no whole answer was read. Over HTTP an answer with another status than 200 is whole.
     """
 
     submitted_s: float
@@ -91,6 +100,12 @@ class Exchange:
     status: int | None = None
     retry_after_s: float | None = None
     error: str | None = None
+
+    @classmethod
+    def failed(cls, submitted_s: float | None, reason: str) -> "Exchange":
+        """One for which there was no connection."""
+        now_s = time.perf_counter()
+        return cls(submitted_s or now_s, ended_s=now_s, error=reason)
 
 
 class Connection(asyncio.Protocol):
@@ -131,7 +146,7 @@ class Connection(asyncio.Protocol):
             try:
                 await self.open()
             except OSError as error:
-                return _failed(submitted_s, f"no connection: {error.strerror or error}")
+                return Exchange.failed(submitted_s, f"no connection: {error.strerror or error}")
             self._ended = asyncio.get_running_loop().create_future()
             self._exchange = Exchange(submitted_s or time.perf_counter())
             self._transport.write(payload)
@@ -199,11 +214,6 @@ class Connection(asyncio.Protocol):
             self.close()
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
-
-
-def _failed(submitted_s: float | None, reason: str) -> Exchange:
-    now_s = time.perf_counter()
-    return Exchange(submitted_s or now_s, ended_s=now_s, error=reason)
 
 
 def status_text(status: int) -> str:

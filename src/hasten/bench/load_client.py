@@ -1,7 +1,7 @@
 """One client process of the load generator: sends its share of a run's requests and keeps the answers.
 
 Told by messages over a pipe: its server, then `Prepare` a run, `Go` at a time, `Stop` early. While requests are under
-way nothing is decoded; answers are read as bytes with times (`http_stream`) and decoded when the
+way nothing is decoded; answers are read as bytes with times (`http_stream`, `grpc_stream`) and decoded when the
 run has ended, or before, one answer at a time, when more than MAX_RAW_BYTES of them wait.
 Loads neither torch nor a tokenizer.
 """
@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 from hasten.bench.endpoints import IGNORE_EOS, Endpoint, OnlineRequest, OpenAIEndpoint
+from hasten.bench.grpc_stream import GrpcConnection
 from hasten.bench.http_stream import Address, Connection, Exchange, status_text
 from hasten.bench.result import RequestRecord
 from hasten.bench.token_times import token_times_s
@@ -84,6 +85,7 @@ class Ended:
 
 
 Records = tuple[RequestRecord, ...]
+AnyConnection = Connection | GrpcConnection
 
 
 def main() -> None:
@@ -111,7 +113,7 @@ async def _serve(pipe: Pipe, address: Address, endpoint: Endpoint) -> None:
 
     # a thread, because an event loop would make the pipe non-blocking, for sending too
     threading.Thread(target=receive, daemon=True).start()
-    connections = [Connection(address)]
+    connections = [_connection(address, endpoint)]
     while True:
         run = _Run(await messages.get(), endpoint, address, connections)
         await run.prepare()
@@ -132,20 +134,27 @@ async def _serve(pipe: Pipe, address: Address, endpoint: Endpoint) -> None:
         gc.enable()
 
 
+def _connection(address: Address, endpoint: Endpoint) -> AnyConnection:
+    return GrpcConnection(address, endpoint.path) if address.is_grpc else Connection(address)
+
+
+def _payload(address: Address, endpoint: Endpoint, request: OnlineRequest) -> bytes:
+    body = endpoint.body(request)
+    return body if address.is_grpc else address.post(endpoint.path, body)
+
+
 class _Run:
     """One run of this process."""
 
-    def __init__(self, plan: Prepare, endpoint: Endpoint, address: Address, connections: list[Connection]) -> None:
+    def __init__(self, plan: Prepare, endpoint: Endpoint, address: Address, connections: list[AnyConnection]) -> None:
         self._plan, self._endpoint = plan, endpoint
         self._connections = connections
-        connections += [Connection(address) for _ in range(plan.num_clients - len(connections))]
-        self._waiting = deque(
-            (request, address.post(endpoint.path, endpoint.body(request))) for request in plan.requests
-        )
+        connections += [_connection(address, endpoint) for _ in range(plan.num_clients - len(connections))]
+        self._waiting = deque((request, _payload(address, endpoint, request)) for request in plan.requests)
         self._unread: deque[tuple[OnlineRequest, Exchange]] = deque()
         self._records: dict[str, RequestRecord] = {}
         self._raw_bytes = self._num_ended = 0
-        self._started_s: dict[Connection, float] = {}
+        self._started_s: dict[AnyConnection, float] = {}
         self._end_s = 0.0
 
     async def prepare(self) -> None:
@@ -172,7 +181,7 @@ class _Run:
         busy_s = time.process_time() - cpu_s
         return Ended(end_s, busy_s / max(time.perf_counter() - start_s, 1e-9))
 
-    async def _closed_loop(self, connection: Connection) -> None:
+    async def _closed_loop(self, connection: AnyConnection) -> None:
         while self._waiting:
             request, payload = self._waiting.popleft()
             exchange = await self._send(connection, request, payload)
@@ -202,7 +211,7 @@ class _Run:
         await asyncio.gather(*sending)
 
     async def _send(
-        self, connection: Connection, request: OnlineRequest, payload: bytes, submitted_s: float | None = None
+        self, connection: AnyConnection, request: OnlineRequest, payload: bytes, submitted_s: float | None = None
     ) -> Exchange:
         self._started_s[connection] = time.perf_counter()
         exchange = await connection.run(payload, submitted_s)

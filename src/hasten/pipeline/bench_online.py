@@ -1,4 +1,4 @@
-"""`bench online`: the speed of a server, ours or another, over HTTP."""
+"""`bench online`: the speed of a server, ours or another, over HTTP or gRPC."""
 
 import datetime
 import math
@@ -50,8 +50,8 @@ def bench_online(
         RequestError: the lengths do not fit the model's context.
         MissingExtraError: what the load generator needs is not installed.
     """
-    require("httptools")
     address = Address.from_url(config.url, _key(config.api_key_file))
+    require("tritonclient.grpc" if address.is_grpc else "httptools")
     plan = _plan(config)
     schedule = Schedule(on_progress)
     schedule.expect("speed", EXPECTED_S)

@@ -113,8 +113,11 @@ class OnlineConfig:
         UsageError: a value outside its range, or options that exclude each other.
     """
 
-    url: str = option("", "the server, such as http://127.0.0.1:8000")
-    api: Api = option("completions", "OpenAI's completions or chat, or KServe's generate_stream, as Triton has it")
+    url: str = option("", "the server, such as http://127.0.0.1:8000; KServe's gRPC is grpc://127.0.0.1:8001")
+    api: Api = option(
+        "completions",
+        "OpenAI's completions or chat, or KServe as Triton has it: generate_stream, over gRPC ModelStreamInfer",
+    )
     model: str | None = option(None, "the model's name at the server; default the only one that it lists")
     tokenizer: Path | None = option(None, "the model's folder: exact prompt lengths, and its facts in the result")
     name: str | None = option(None, "what the result is called; default the server's host and port")

@@ -33,7 +33,7 @@ def test_lengths_are_drawn_as_they_were_asked_for(text: str, low: int, high: int
     assert lengths.mean == pytest.approx(mean, rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["", "0", "9-3", "-3", "lognormal:0:1", "normal:3:1", "12.5"])
+@pytest.mark.parametrize("text", ["", "0", "9-3", "-3", "lognormal:0:1", "normal:3:1", "12.5", "3000000000"])
 def test_lengths_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--new-tokens"):
         Lengths.parse(text, "--new-tokens")

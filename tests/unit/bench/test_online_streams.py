@@ -143,6 +143,13 @@ def test_kserve_answers_say_how_many_tokens_they_have() -> None:
     assert record_of(body, KServeEndpoint("m")) == (3, 7, "length", None)
 
 
+@pytest.mark.parametrize("count", [-1, [], 1 << 40])
+def test_a_count_that_cannot_be_is_not_believed(count: object) -> None:
+    made = record_of(stream({"text_output": "a", "num_output_tokens": count}, done=False), KServeEndpoint("m"))
+    error = None if count == [] else f"the server sent {count} as the number of tokens of one response"
+    assert made[3] == error
+
+
 def test_bodies_ask_for_exactly_the_tokens() -> None:
     completion = json.loads(OpenAIEndpoint("m").body(REQUEST))
     assert completion["max_tokens"] == 3 and completion["ignore_eos"] and completion["stream"]
@@ -165,10 +172,15 @@ def test_addresses() -> None:
     assert Address.from_url("127.0.0.1:8000") == Address("127.0.0.1", 8000)
     assert Address.from_url("https://host/api/v1/") == Address("host", 443, True, "/api")
     assert Address.from_url("http://[::1]:80").netloc == "[::1]:80"
+    assert Address.from_url("grpc://h:8001/") == Address("h", 8001, is_grpc=True)
+    assert Address.from_url("grpcs://h") == Address("h", 443, True, is_grpc=True)
     request = Address.from_url("http://h:1/x", "secret").post("/v1/completions", b"{}")
     assert request.startswith(b"POST /x/v1/completions HTTP/1.1\r\nhost: h:1\r\n")
     assert b"authorization: Bearer secret\r\n" in request and request.endswith(b"content-length: 2\r\n\r\n{}")
     assert "secret" not in repr(Address.from_url("http://h:1", "secret"))
-    for url in ("ftp://h", "http://", "http://h:port", "http://user:word@h", "http://h/?key=1"):
+    for url in ("http://h:1/x", "https://h:1", "grpc://h:1", "grpcs://h:1"):
+        assert Address.from_url(url).url == url
+    wrong = ("ftp://h", "http://", "http://h:port", "http://user:word@h", "http://h/?key=1", "grpc://", "grpc://h/v2")
+    for url in wrong:
         with pytest.raises(UsageError):
             Address.from_url(url)
