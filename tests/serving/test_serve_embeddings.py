@@ -1,6 +1,8 @@
-"""/v1/embeddings of the real server, through the official openai client, on a tiny random BERT."""
+"""Embeddings of the real server, through the official openai client and tritonclient, on a tiny random BERT."""
 
 import asyncio
+import contextlib
+import queue
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +15,11 @@ import numpy as np
 import openai
 import psutil
 import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
 from openai import AsyncOpenAI, OpenAI
 from serve_process import ServeProcess
+from tritonclient.utils import InferenceServerException
 
 from hasten.models.encoder import Encoder, load_encoder
 from tiny_encoders import make_encoder, write_modules, write_tokenizer
@@ -22,6 +27,7 @@ from tiny_encoders import make_encoder, write_modules, write_tokenizer
 KEY = "secret"
 NAME = "tiny-bert"
 LIMIT = 40
+SIZE = 48
 NUM_CLIENTS = 64
 NUM_INPUTS = 2048  # the most that a request may have
 
@@ -39,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[ServeProcess]:
     keys = folder.parent / "keys.txt"
     keys.write_text(KEY)
-    started = ServeProcess("--api-key-file", str(keys), "--max-queue", "20000", model=folder).wait_until_ready()
+    options = ("--api-key-file", str(keys), "--max-queue", "20000", "--grpc-port", "0")
+    started = ServeProcess(*options, model=folder).wait_until_ready()
     yield started
     started.close()
 
@@ -47,6 +54,19 @@ def server(folder: Path) -> Iterator[ServeProcess]:
 @pytest.fixture(scope="module")
 def client(server: ServeProcess) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(params=[triton_http, triton_grpc], ids=["http", "grpc"])
+def triton(request: pytest.FixtureRequest) -> Any:
+    """tritonclient's module for one of the protocols."""
+    return request.param
+
+
+@pytest.fixture
+def triton_client(triton: Any, server: ServeProcess) -> Iterator[Any]:
+    address = server.grpc_address if triton is triton_grpc else server.url.partition("://")[2]
+    with contextlib.closing(triton.InferenceServerClient(address)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +90,19 @@ def vectors_of(answer: openai.types.CreateEmbeddingResponse) -> np.ndarray:
     return np.array([each.embedding for each in answer.data], dtype=np.float32)
 
 
+def headers() -> dict[str, str]:
+    """With the key; tritonclient puts others into them."""
+    return {"authorization": f"Bearer {KEY}"}
+
+
+def texts_input(triton: Any, texts: Sequence[str]) -> Any:
+    made = triton.InferInput("text_input", [len(texts)], "BYTES")
+    made.set_data_from_numpy(np.array([text.encode() for text in texts], np.object_))
+    return made
+
+
 def metric(url: str, line_start: str) -> float:
-    text = httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+    text = httpx.get(f"{url}/metrics", headers=headers()).text
     return float(next(line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(f"hasten:{line_start}")))
 
 
@@ -135,15 +166,90 @@ def test_who_may_ask_what(client: OpenAI, server: ServeProcess) -> None:
         client.with_options(api_key="wrong").embeddings.create(model=NAME, input="w1")
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.embeddings.create(model="other", input="w1")
-    with pytest.raises(openai.NotFoundError, match="is an encoder, which gives embeddings at /v1/embeddings"):
+    with pytest.raises(openai.NotFoundError, match="is an encoder, which gives embeddings and generates nothing"):
         client.completions.create(model=NAME, prompt="w1")
-    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {KEY}"}) as http:
+    with httpx.Client(base_url=server.url, headers=headers()) as http:
         assert "is an encoder" in http.post(f"/v2/models/{NAME}/generate", json={"text_input": "w1"}).json()["error"]
         paths = http.get("/openapi.json").json()["paths"]
         assert "/v1/embeddings" in paths
-        assert not {path for path in paths if path.startswith("/v2") or path.endswith("completions")}
+        assert "/v2/models/{model}/infer" in paths
+        assert not {path for path in paths if "generate" in path or path.endswith("completions")}
         assert http.get("/v1/models").json()["data"][0]["max_model_len"] == LIMIT
         assert http.post("/tokenize", json={"prompt": "w1"}).json()["tokens"] == [2, 5, 3]
+
+
+def test_tritonclient_learns_what_there_is(triton: Any, triton_client: Any) -> None:
+    options: dict[str, Any] = {"headers": headers()} | ({"as_json": True} if triton is triton_grpc else {})
+    assert triton_client.is_server_live(headers=headers())
+    assert triton_client.is_server_ready(headers=headers())
+    assert "generate" not in triton_client.get_server_metadata(**options)["extensions"]
+    index = triton_client.get_model_repository_index(**options)
+    models = index["models"] if isinstance(index, dict) else index
+    assert [each["name"] for each in models] == [NAME, f"{NAME}_tokens"]
+    for name, input_name in ((NAME, "text_input"), (f"{NAME}_tokens", "input_ids")):
+        assert triton_client.is_model_ready(name, headers=headers())
+        metadata = triton_client.get_model_metadata(name, **options)
+        assert [each["name"] for each in metadata["inputs"]] == [input_name]
+        [output] = metadata["outputs"]
+        assert (output["name"], [int(each) for each in output["shape"]]) == ("embedding", [-1, SIZE])
+        config = triton_client.get_model_config(name, **options)
+        assert config.get("config", config)["output"][0]["data_type"] == "TYPE_FP32"
+
+
+def test_tritonclient_gets_the_same_vectors(triton: Any, triton_client: Any, client: OpenAI, encoder: Encoder) -> None:
+    texts = made_up_texts(100, seed=2)
+    outputs = [triton.InferRequestedOutput("embedding")]
+    given = [texts_input(triton, texts)]
+    vectors = triton_client.infer(NAME, given, outputs=outputs, headers=headers()).as_numpy("embedding")
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, alone(encoder, texts), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(vectors, vectors_of(client.embeddings.create(model=NAME, input=texts)), atol=1e-6)
+    one = texts_input(triton, ["w1 w2 w3"])
+    from_text = triton_client.infer(NAME, [one], headers=headers()).as_numpy("embedding")
+    ids = triton.InferInput("input_ids", [5], "INT32")
+    ids.set_data_from_numpy(np.array([2, 5, 6, 7, 3], np.int32))
+    from_ids = triton_client.infer(f"{NAME}_tokens", [ids], headers=headers()).as_numpy("embedding")
+    np.testing.assert_array_equal(from_ids, from_text)
+    assert from_ids.shape == (1, SIZE)
+
+
+def test_tensors_in_json_are_those_in_binary(server: ServeProcess, client: OpenAI) -> None:
+    with contextlib.closing(triton_http.InferenceServerClient(server.url.partition("://")[2])) as asked:
+        given = triton_http.InferInput("text_input", [2], "BYTES")
+        given.set_data_from_numpy(np.array([b"w1", b"w2 w3"], np.object_), binary_data=False)
+        vectors = [
+            asked.infer(
+                NAME, [given], outputs=[triton_http.InferRequestedOutput("embedding", binary)], headers=headers()
+            ).as_numpy("embedding")
+            for binary in (False, True)
+        ]
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_tritonclient_is_told_what_is_wrong(triton: Any, triton_client: Any) -> None:
+    def infer(*texts: str, model: str = NAME, key: Any = headers, **options: Any) -> Any:
+        return triton_client.infer(model, [texts_input(triton, texts)], headers=key(), **options)
+
+    for asked, pattern in (
+        (lambda: infer("w1", model="other"), "there is no model 'other'"),
+        (lambda: infer("w1", ""), "at least 1 character"),
+        (lambda: infer("w1", "w2 " * 50), f"input 1 has 52 tokens, and the model takes at most {LIMIT}"),
+        (lambda: infer(*["w1"] * (NUM_INPUTS + 1)), f"at most {NUM_INPUTS} items"),
+        (lambda: infer("w1", parameters={"max_tokens": 3}), "no input or parameter 'max_tokens'"),
+        (lambda: infer("w1", key=dict), "no valid API key"),
+    ):
+        with pytest.raises(InferenceServerException, match=pattern) as caught:
+            asked()
+        assert caught.value.status() not in ("500", "StatusCode.INTERNAL")
+
+
+def test_a_stream_is_told_that_nothing_is_generated(server: ServeProcess) -> None:
+    came: queue.Queue[Any] = queue.Queue()
+    with contextlib.closing(triton_grpc.InferenceServerClient(server.grpc_address)) as asked:
+        asked.start_stream(lambda result, error: came.put(error or result), headers=headers())
+        asked.async_stream_infer(NAME, [texts_input(triton_grpc, ["w1"])])
+        assert "gives embeddings and generates nothing" in str(came.get(timeout=30))
+        asked.stop_stream()
 
 
 def test_clients_that_go_away_leave_nothing_behind(server: ServeProcess, client: OpenAI) -> None:

@@ -44,21 +44,19 @@ def _tell(config: ServeConfig, ready: "ServerReady") -> None:
     if ready.note:
         terminal.note(ready.note)
     where = f"{ready.model_name} ({facts.runtime} {facts.scheme} on {facts.device}"
-    grpc = f", gRPC {ready.grpc_address}" if ready.grpc_address else ""
     if (embedding := facts.embedding) is not None:
         length = "of length 1" if embedding.is_normalized else "not normalized"
         terminal.note(
             f"serving embeddings of {where}, inputs of at most {facts.max_model_tokens} tokens)\n"
-            f"vectors     {embedding.size} numbers, {length}, pooling {' and '.join(embedding.pooling)}\n"
-            f"OpenAI API  {ready.address}/v1"
+            f"vectors     {embedding.size} numbers, {length}, pooling {' and '.join(embedding.pooling)}"
         )
     else:
         terminal.note(
             f"serving {where}, {facts.max_num_seqs} sequences of at most {facts.max_model_tokens} tokens)\n"
-            f"page        {ready.address}/\n"
-            f"OpenAI API  {ready.address}/v1\n"
-            f"KServe v2   {ready.address}/v2{grpc}"
+            f"page        {ready.address}/"
         )
+    grpc = f", gRPC {ready.grpc_address}" if ready.grpc_address else ""
+    terminal.note(f"OpenAI API  {ready.address}/v1\nKServe v2   {ready.address}/v2{grpc}")
     terminal.note(f"metrics     {ready.address}/metrics\ntry it:\n  {_example(config, ready)}")
 
 

@@ -1,4 +1,4 @@
-"""`serve`: one model behind the OpenAI API, and KServe v2 where it generates; the engine in a process of its own."""
+"""`serve`: one model behind the OpenAI API and KServe v2; the engine in a process of its own."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from hasten.runtimes.text import load_tokenizer
 from hasten.serve.access import ApiKeys
 from hasten.serve.app import HttpLimits, make_app, make_embedding_app
 from hasten.serve.engine_client import EngineClient
+from hasten.serve.kserve_embeddings import embedding_models
+from hasten.serve.kserve_generation import generating_models
 from hasten.serve.kserve_grpc import grpc_serving
 from hasten.serve.logs import configure_logs
 from hasten.serve.server import Listen, address_of, bound
@@ -69,7 +71,8 @@ def serve(config: ServeConfig, on_ready: OnReady, on_progress: OnProgress = sile
                     await asyncio.to_thread(load_tokenizer, target.source), lowercases=lowercases
                 )
                 service = Service(client, tokenizer, name, ServiceLimits(config.max_queue, config.request_timeout_s))
-                grpc_address = await servers.enter_async_context(grpc_serving(service, listen, http))
+                models = generating_models(service) if sentence is None else embedding_models(service)
+                grpc_address = await servers.enter_async_context(grpc_serving(models, listen, http))
             except BaseException:
                 loading.cancel()
                 await asyncio.wait((loading,))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hasten.artifact import inspect
 from hasten.bench.result import Candidate
 from hasten.engine.folder import is_engine_folder, read_engine_manifest
-from hasten.errors import UnsupportedModelError, UsageError
+from hasten.errors import UnsupportedModelError
 from hasten.hardware import count_cpus
 from hasten.models.encoder_config import ENCODERS, is_encoder
 from hasten.pipeline.config import ServeConfig, TritonConfig
@@ -42,8 +42,6 @@ def served_target(config: ServeConfig) -> tuple[Target, str]:
                 f"{', '.join(ENCODERS)}"
             )
         return target, device
-    if config.grpc_port is not None:
-        raise UsageError(f"{model.name} is an encoder, which has no gRPC: leave out --grpc-port")
     return replace(target, candidate=Candidate(ENCODER_RUNTIME, config.scheme or ENCODER_SCHEMES[device])), device
 
 

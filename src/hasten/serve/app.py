@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Scope
 from hasten.errors import HastenError
 from hasten.serve.access import ApiKeys, Gate, http_request
 from hasten.serve.embedding_api import embedding_router
+from hasten.serve.kserve_embeddings import embedding_models
+from hasten.serve.kserve_generation import generating_models
 from hasten.serve.kserve_http import PREFIX, kserve_error, kserve_router
 from hasten.serve.models_api import ERRORS, json_response, models_router
 from hasten.serve.openai_api import openai_router
@@ -28,7 +30,11 @@ from hasten.serve.prometheus import CONTENT_TYPE
 from hasten.serve.service import Service
 
 EMBEDDINGS = "/v1/embeddings"
-GENERATING = ("/v1/completions", "/v1/chat/completions")
+GENERATING = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    *(f"{PREFIX}/models/{{model:path}}/{suffix}" for suffix in ("generate", "generate_stream")),
+)
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_FILES)
 
@@ -62,7 +68,7 @@ def make_app(service: Service, limits: HttpLimits, routers: Sequence[APIRouter] 
         limits,
         models_router(service),
         openai_router(service),
-        kserve_router(service),
+        kserve_router(generating_models(service)),
         operations_router(service),
         page_router(service),
         refusing_router((EMBEDDINGS,), reason),
@@ -72,14 +78,18 @@ def make_app(service: Service, limits: HttpLimits, routers: Sequence[APIRouter] 
 
 def make_embedding_app(service: Service, limits: HttpLimits) -> ASGIApp:
     """The application of a service whose model is an encoder."""
-    reason = f"{service.model_name} is an encoder, which gives embeddings at {EMBEDDINGS} and generates nothing"
+    reason = (
+        f"{service.model_name} is an encoder, which gives embeddings and generates nothing: ask {EMBEDDINGS}, or "
+        "infer of KServe v2"
+    )
     return _gated(
         service,
         limits,
         models_router(service),
         embedding_router(service),
+        kserve_router(embedding_models(service)),
         operations_router(service),
-        refusing_router((*GENERATING, f"{PREFIX}{{rest:path}}"), reason),
+        refusing_router(GENERATING, reason),
     )
 
 

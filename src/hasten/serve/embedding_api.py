@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from starlette.responses import Response
 
 from hasten.errors import RequestError
@@ -16,13 +16,11 @@ from hasten.serve.access import http_request
 from hasten.serve.embedding_service import Embedding
 from hasten.serve.models_api import ERRORS, check_model
 from hasten.serve.openai_errors import ApiError, ApiException, describe
-from hasten.serve.openai_models import INT32, OpenAIModel, TokenId
+from hasten.serve.openai_models import INT32, MAX_INPUTS, EmbeddedText, OpenAIModel, TokenId
 from hasten.serve.service import Service
 
-MAX_INPUTS = 2048
 SMALLEST_LENGTH = 1e-12  # a vector of zeros stays one
 
-Text = Annotated[str, StringConstraints(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -30,9 +28,9 @@ class EmbeddingsBody(OpenAIModel):
     """POST /v1/embeddings."""
 
     input: (
-        Text
+        EmbeddedText
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[EmbeddedText], Field(min_length=1, max_length=MAX_INPUTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
     ) = Field(description="text, token ids, or a list of either")
     model: str | None = Field(None, description="a name that /v1/models lists; the served model if absent")

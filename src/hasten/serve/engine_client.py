@@ -142,7 +142,7 @@ class EngineClient:
 
     @property
     def stats(self) -> EngineStats:
-        """As of the last step; all 0 before the first one, and again when the process was started again."""
+        """As of the last step; before the first one of a process all 0 but num_kv_blocks, which loading tells."""
         return EngineStats() if self._connection is None else self._connection.stats
 
     async def start(self) -> EngineFacts:
@@ -269,6 +269,7 @@ class _Connection(asyncio.Protocol):
             raise RuntimeFailedError(f"the {load.runtime} runtime's process {how} while it loaded: see its log above")
         if isinstance(reply, Failed):
             raise reply.exception(load.runtime)
+        self.stats = EngineStats(num_kv_blocks=reply.facts.num_kv_blocks)
         self.is_ready = True
         return reply.facts
 

@@ -2,11 +2,12 @@
 
 The names are those of Triton's LLM models, and of the one that `hasten export triton` writes; the defaults are
 those of SamplingParams. Each field is a parameter and, if it has a Spec, an input tensor too. Like with Triton's
-vLLM models, numbers may be strings.
+vLLM models, numbers may be strings. Models that give embeddings take nothing but their inputs.
 
 Not here: which model takes what (`kserve_models`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from hasten.errors import RequestError
 from hasten.request import SamplingParams
 from hasten.serve.kserve_tensors import FLOATS, INTEGERS, Tensor
-from hasten.serve.openai_models import INT32, MAX_STOPS, StopText, TokenId
+from hasten.serve.openai_models import INT32, MAX_INPUTS, MAX_STOPS, EmbeddedText, StopText, TokenId
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Spec:
     def is_scalar(self) -> bool:
         return self.shape == (1,)
 
+    def shape_of(self, num_elements: int) -> list[int]:
+        """The shape of a tensor of so many elements; of the sizes at most one is -1."""
+        row = math.prod(size for size in self.shape if size != -1)
+        return [num_elements // row if size == -1 else size for size in self.shape]
+
     def _fits(self, shape: Sequence[int]) -> bool:
         return len(shape) == len(self.shape) and all(
             want in (-1, got) for want, got in zip(self.shape, shape, strict=True)
@@ -49,10 +55,22 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+TokenIds = Annotated[list[Annotated[TokenId, Strict()]], Spec("INT32", (-1,))]
+
+
 class Inference(BaseModel, ABC):
-    """What both models take beside the prompt. A field with a Spec is an input tensor, the others are parameters."""
+    """What a model takes. A field with a Spec is an input tensor, the others are parameters."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @property
+    @abstractmethod
+    def prompt(self) -> object:
+        """What a log that may have it says was asked."""
+
+
+class GenerateInference(Inference):
+    """What both models that generate take beside the prompt."""
 
     max_tokens: Annotated[int | None, Spec("INT32")] = Field(
         None, ge=1, le=INT32, description="128 if absent, or what fits"
@@ -107,7 +125,7 @@ class Inference(BaseModel, ABC):
         )
 
 
-class TextInference(Inference):
+class TextInference(GenerateInference):
     """Text in, text out."""
 
     text_input: Annotated[str, Spec("BYTES")]
@@ -124,11 +142,40 @@ class TextInference(Inference):
         return tuple(self.stop_words)
 
 
-class TokenInference(Inference):
+class TokenInference(GenerateInference):
     """Token ids in, token ids out."""
 
-    input_ids: Annotated[list[Annotated[TokenId, Strict()]], Spec("INT32", (-1,))]
+    input_ids: TokenIds
 
     @property
     def prompt(self) -> list[int]:
         return self.input_ids
+
+
+class EmbedInference(Inference):
+    """What is to become vectors."""
+
+    @property
+    @abstractmethod
+    def prompt(self) -> Sequence[str | list[int]]:
+        """A text or its token ids for each vector."""
+
+
+class EmbedTextInference(EmbedInference):
+    """Texts in, a vector for each out."""
+
+    text_input: Annotated[list[EmbeddedText], Field(min_length=1, max_length=MAX_INPUTS), Spec("BYTES", (-1,))]
+
+    @property
+    def prompt(self) -> list[str]:
+        return self.text_input
+
+
+class EmbedTokenInference(EmbedInference):
+    """Token ids of one text in, since those of several are no tensor, and its vector out."""
+
+    input_ids: TokenIds
+
+    @property
+    def prompt(self) -> list[list[int]]:
+        return [self.input_ids]

@@ -5,17 +5,17 @@ Whatever bytes come are a request or a RequestError.
 Not here: routes (`kserve_http`), tensors' elements (`kserve_tensors`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.responses import Response
 
 from hasten.errors import RequestError
 from hasten.serve.kserve_fields import Inference
-from hasten.serve.kserve_models import VERSION, KServeModel, OutputTensors
+from hasten.serve.kserve_models import VERSION, KServeModel, Outputs
 from hasten.serve.kserve_tensors import Tensor, bytes_of
-from hasten.serve.pieces import Piece
 
 HEADER_LENGTH = "inference-header-content-length"
 
@@ -116,7 +116,7 @@ def read_infer(body: bytes, header_length: str | None) -> tuple[InferMessage, li
     return message, tensors
 
 
-def read_generate(model: KServeModel, body: bytes) -> tuple[str, Inference]:
+def read_generate(model: KServeModel[Any], body: bytes) -> tuple[str, Inference]:
     """The id and the request of the generate extension. Raises RequestError."""
     values: dict[str, Any] = _decoded(_generate_decoder, body)
     request_id = values.pop("id", "")
@@ -129,28 +129,26 @@ def read_generate(model: KServeModel, body: bytes) -> tuple[str, Inference]:
 class AnswerForm:
     """Answers of the generate extension; what all of one request have in common is encoded once."""
 
-    def __init__(self, outputs: OutputTensors, request_id: str) -> None:
+    def __init__(self, model: KServeModel[Any], request_id: str) -> None:
         common = {"id": request_id} if request_id else {}
-        common |= {"model_name": outputs.model.name, "model_version": VERSION}
+        common |= {"model_name": model.name, "model_version": VERSION}
         self._start = msgspec.json.encode(common)[:-1] + b","
         self._event_start = b"data: " + self._start
-        self._outputs = outputs
+        self._specs = model.outputs
 
-    def answer(self, pieces: Sequence[Piece]) -> bytes:
-        return self._start + self._end(pieces)
+    def answer(self, outputs: Outputs) -> bytes:
+        return self._start + self._end(outputs)
 
-    def event(self, pieces: Sequence[Piece]) -> bytes:
-        return self._event_start + self._end(pieces) + b"\n\n"
+    def event(self, outputs: Outputs) -> bytes:
+        return self._event_start + self._end(outputs) + b"\n\n"
 
-    def _end(self, pieces: Sequence[Piece]) -> bytes:
+    def _end(self, outputs: Outputs) -> bytes:
         """The outputs and the end of the JSON object."""
-        specs = self._outputs.model.outputs
-        values = self._outputs.values(pieces)
-        fields = {name: each[0] if specs[name].is_scalar else each for name, each in values.items()}
+        fields = {name: each[0] if self._specs[name].is_scalar else each for name, each in outputs.items()}
         return msgspec.json.encode(fields)[1:]
 
 
-def binary_outputs(model: KServeModel, message: InferMessage) -> dict[str, bool]:
+def binary_outputs(model: KServeModel[Any], message: InferMessage) -> dict[str, bool]:
     """The outputs that are asked for, and whether in binary. Raises RequestError for one that the model has not."""
     default = message.parameters.get("binary_data_output", False)
     asked = {each.name: each.parameters.get("binary_data", default) for each in message.outputs}
@@ -162,9 +160,7 @@ def binary_outputs(model: KServeModel, message: InferMessage) -> dict[str, bool]
     return asked or dict.fromkeys(model.outputs, default)
 
 
-def infer_response(
-    tensors: OutputTensors, request_id: str, pieces: Sequence[Piece], asked: Mapping[str, bool]
-) -> Response:
+def infer_response(model: KServeModel[Any], request_id: str, response: Outputs, asked: Mapping[str, bool]) -> Response:
     """The answer to an infer request.
 
     Args:
@@ -172,17 +168,16 @@ def infer_response(
     """
     outputs: list[dict[str, Any]] = []
     raws: list[bytes] = []
-    model = tensors.model
-    for name, values in tensors.values(pieces).items():
+    for name, values in response.items():
         if name not in asked:
             continue
-        datatype = model.outputs[name].datatype
-        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(values)]}
+        spec = model.outputs[name]
+        output: dict[str, Any] = {"name": name, "datatype": spec.datatype, "shape": spec.shape_of(len(values))}
         if asked[name]:
-            raws.append(bytes_of(datatype, values))
+            raws.append(bytes_of(spec.datatype, values))
             output["parameters"] = {"binary_data_size": len(raws[-1])}
         else:
-            output["data"] = values
+            output["data"] = values.tolist() if isinstance(values, np.ndarray) else values
         outputs.append(output)
     answer: dict[str, Any] = {"id": request_id} if request_id else {}
     header = msgspec.json.encode(answer | {"model_name": model.name, "model_version": VERSION, "outputs": outputs})

@@ -1,9 +1,9 @@
 """KServe v2 over gRPC: the Open Inference Protocol with Triton's ModelStreamInfer, on the messages of tritonclient.
 
-ModelInfer gives one response. On ModelStreamInfer each request gets a response for each read of the engine's
-tokens, told apart from others on the stream by its id; the last one, which is never an empty one added for it,
-has the parameter triton_final_response. Whatever bytes a client sends end in a status that says what is wrong,
-never in INTERNAL. A client that cancels or goes away ends its requests.
+ModelInfer gives one response. On ModelStreamInfer, for models that generate, each request gets a response for each
+read of the engine's tokens, told apart from others on the stream by its id; the last one, which is never an empty
+one added for it, has the parameter triton_final_response. Whatever bytes a client sends end in a status that says
+what is wrong, never in INTERNAL. A client that cancels or goes away ends its requests.
 
 Not here: what the models take (`kserve_models`). Methods that are not in the table below are UNIMPLEMENTED.
 """
@@ -24,13 +24,10 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.errors import UsageError
 from hasten.serve.access import generation_fields
 from hasten.serve.app import HttpLimits
-from hasten.serve.kserve_fields import Inference
-from hasten.serve.kserve_http import EXTENSIONS
-from hasten.serve.kserve_models import KServeModels, OutputTensors, responses, whole
+from hasten.serve.kserve_models import Answer, KServeModels, only_response
 from hasten.serve.kserve_protobuf import FINAL, ResponseForm, parsed, read_infer, serialized
 from hasten.serve.openai_errors import ApiError, ApiException, describe, printable
 from hasten.serve.server import FLUSH_TIMEOUT_S, WRITE_TIMEOUT_S, Listen
-from hasten.serve.service import Generation, Service
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 
@@ -50,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def grpc_serving(service: Service, listen: Listen, limits: HttpLimits) -> AsyncIterator[str | None]:
+async def grpc_serving(models: KServeModels, listen: Listen, limits: HttpLimits) -> AsyncIterator[str | None]:
     """Listens for as long as the context lasts, and gives the address; without a port it does nothing.
 
     Raises:
@@ -67,7 +64,7 @@ async def grpc_serving(service: Service, listen: Listen, limits: HttpLimits) -> 
             ("grpc.so_reuseport", 0),  # a port that is taken is an error
         )
     )
-    server.add_generic_rpc_handlers((KServeGrpc(service, limits).handlers(),))
+    server.add_generic_rpc_handlers((KServeGrpc(models, limits).handlers(),))
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     try:
         if listen.tls_cert is None or listen.tls_key is None:
@@ -94,7 +91,7 @@ class Call:
     def __init__(self, method: str, context: grpc.aio.ServicerContext) -> None:
         self.status = grpc.StatusCode.CANCELLED
         self.error: str | None = None
-        self.generation: Generation | None = None
+        self.answer: Answer | None = None
         self.prompt: Any = None
         self._method = method
         self._client = context.peer()
@@ -120,8 +117,8 @@ class Call:
         }
         if self.error is not None:
             fields["error"] = self.error
-        if self.generation is not None:
-            fields |= {"stream": self._method == "ModelStreamInfer", **generation_fields((self.generation,))}
+        if self.answer is not None:
+            fields |= {"stream": self._method == "ModelStreamInfer", **generation_fields((self.answer.work,))}
         if log_prompts and self.prompt is not None:
             fields["prompts"] = self.prompt
         return fields
@@ -130,10 +127,10 @@ class Call:
 class KServeGrpc:
     """The methods of one service."""
 
-    def __init__(self, service: Service, limits: HttpLimits) -> None:
-        self._service = service
+    def __init__(self, models: KServeModels, limits: HttpLimits) -> None:
+        self._service = models.service
         self._limits = limits
-        self._models = KServeModels(service)
+        self._models = models
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All that is served, by name. Requests come as bytes, so that what is no message gets its own status."""
@@ -196,7 +193,7 @@ class KServeGrpc:
         return pb.ModelReadyResponse(ready=self._service.is_ready)
 
     async def _server_metadata(self, request: pb.ServerMetadataRequest, call: Call) -> Message:
-        return pb.ServerMetadataResponse(name="hasten", version=version("hasten"), extensions=EXTENSIONS)
+        return pb.ServerMetadataResponse(name="hasten", version=version("hasten"), extensions=self._models.extensions)
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest, call: Call) -> Message:
         model = self._models.find(request.name, request.version)
@@ -211,12 +208,10 @@ class KServeGrpc:
 
     async def _model_infer(self, request: pb.ModelInferRequest, call: Call) -> Message:
         model, inference = read_infer(self._models, request)
-        inference.check_unary()
         call.prompt = inference.prompt
-        async with aclosing(await self._models.open(inference)) as generation:
-            call.generation = generation
-            outputs = OutputTensors(model, inference, generation.num_prompt_tokens)
-            return ResponseForm(outputs, request).response(await whole(generation))
+        async with aclosing(await model.open(inference, is_stream=False)) as answer:
+            call.answer = answer
+            return ResponseForm(model, request).response(await only_response(answer))
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         try:
@@ -257,8 +252,8 @@ class InferStream:
                 raise
         finally:
             for call in self._running:  # those whose tasks were cancelled before they began
-                assert call.generation is not None
-                await call.generation.aclose()
+                assert call.answer is not None
+                await call.answer.aclose()
                 self._methods.end(call)
         if self._is_stuck:  # the client learns it when it reads again
             await self._context.abort(grpc.StatusCode.ABORTED, f"nothing was read for {WRITE_TIMEOUT_S} s")
@@ -271,22 +266,20 @@ class InferStream:
             request_id = request.id
             model, inference = read_infer(self._models, request)
             call.prompt = inference.prompt
-            call.generation = await self._models.open(inference)
+            call.answer = await model.open(inference, is_stream=True)
         except Exception as error:
             await self._refuse(request_id, call, error)
             self._methods.end(call)
         else:
             self._running.add(call)
-            outputs = OutputTensors(model, inference, call.generation.num_prompt_tokens)
-            tasks.create_task(self._respond(call, inference, ResponseForm(outputs, request), request_id))
+            tasks.create_task(self._respond(call, call.answer, ResponseForm(model, request), request_id))
 
-    async def _respond(self, call: Call, inference: Inference, form: ResponseForm, request_id: str) -> None:
-        assert call.generation is not None
+    async def _respond(self, call: Call, answer: Answer, form: ResponseForm, request_id: str) -> None:
         self._running.remove(call)
         try:
-            async with aclosing(call.generation) as generation:
-                async for pieces in responses(inference, generation):
-                    await self._write(form.stream_response(pieces))
+            async with aclosing(answer):
+                async for outputs in answer:
+                    await self._write(form.stream_response(outputs))
             call.status = grpc.StatusCode.OK
         except Exception as error:
             await self._refuse(request_id, call, error)

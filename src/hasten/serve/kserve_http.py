@@ -1,13 +1,13 @@
 """KServe v2 over HTTP: the Open Inference Protocol with Triton's binary tensors and its generate extension.
 
 Answers and errors have Triton's forms and status codes: {"error": "..."}, and a server or model that is not
-ready answers 400. Paths with /versions/1 are the same as without. A stream's events are a piece each; an
+ready answers 400. Paths with /versions/1 are the same as without. A stream's events are a response each; an
 error after the first one is its last event.
 
 Not here: what the models take (`kserve_models`), and who is let in (`access`).
 """
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -29,13 +29,11 @@ from hasten.serve.kserve_format import (
     read_generate,
     read_infer,
 )
-from hasten.serve.kserve_models import KServeModel, KServeModels, OutputTensors, responses, whole
+from hasten.serve.kserve_models import KServeModel, KServeModels, Outputs, only_response
 from hasten.serve.openai_errors import ApiError, ApiException, describe, printable
-from hasten.serve.pieces import Piece
 from hasten.serve.service import Service
 
 PREFIX = "/v2"
-EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "parameters")
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -63,36 +61,34 @@ def kserve_error(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
-def kserve_router(service: Service) -> APIRouter:
-    """Routes of both models of one service."""
+def kserve_router(models: KServeModels) -> APIRouter:
+    """Routes of all models of one service."""
     router = APIRouter(prefix=PREFIX, responses=ERRORS)
-    models = KServeModels(service)
-
+    service = models.service
     names = [each["name"] for each in models.index()]
 
-    async def find(model: Annotated[str, Path(json_schema_extra={"enum": names})], request: Request) -> KServeModel:
+    async def find(
+        model: Annotated[str, Path(json_schema_extra={"enum": names})], request: Request
+    ) -> KServeModel[Any]:
         return models.find(model, request.path_params.get("version", ""))
 
-    Model = Annotated[KServeModel, Depends(find)]
+    Model = Annotated[KServeModel[Any], Depends(find)]
 
     def add(method: str, suffix: str, handler: Callable[..., Coroutine[Any, Any, Response]], **described: Any) -> None:
         for infix in ("/versions/{version}", ""):
             path = f"/models/{{model:path}}{infix}{suffix}"
             router.add_api_route(path, handler, methods=[method], include_in_schema=not infix, **described)
 
-    async def run(
-        model: KServeModel, inference: Inference, record: HttpRequest
-    ) -> tuple[OutputTensors, Sequence[Piece]]:
+    async def run(model: KServeModel[Any], inference: Inference, record: HttpRequest) -> Outputs:
         record.prompts = inference.prompt
-        inference.check_unary()
-        async with aclosing(await models.open(inference)) as generation:
-            record.generations = (generation,)
-            return OutputTensors(model, inference, generation.num_prompt_tokens), await whole(generation)
+        async with aclosing(await model.open(inference, is_stream=False)) as answer:
+            record.generations = (answer.work,)
+            return await only_response(answer)
 
     @router.get("")
     async def server_metadata() -> Response:
         """Name, version and extensions of the server."""
-        return _json({"name": "hasten", "version": version("hasten"), "extensions": EXTENSIONS})
+        return _json({"name": "hasten", "version": version("hasten"), "extensions": models.extensions})
 
     @router.get("/health/live")
     async def server_live() -> Response:
@@ -128,44 +124,45 @@ def kserve_router(service: Service) -> APIRouter:
         message, tensors = read_infer(await _body(request), request.headers.get(HEADER_LENGTH))
         asked = binary_outputs(model, message)
         inference = model.read(tensors, message.parameters)
-        outputs, pieces = await run(model, inference, http_request(request.scope))
-        return infer_response(outputs, message.id, pieces, asked)
+        outputs = await run(model, inference, http_request(request.scope))
+        return infer_response(model, message.id, outputs, asked)
 
     async def generate(model: Model, request: Request) -> Response:
         """One request in plain JSON, one answer."""
         request_id, inference = read_generate(model, await _body(request))
-        outputs, pieces = await run(model, inference, http_request(request.scope))
-        return Response(AnswerForm(outputs, request_id).answer(pieces), media_type="application/json")
+        outputs = await run(model, inference, http_request(request.scope))
+        return Response(AnswerForm(model, request_id).answer(outputs), media_type="application/json")
 
     async def generate_stream(model: Model, request: Request) -> Response:
-        """One request in plain JSON, an event for each piece of the answer."""
+        """One request in plain JSON, an event for each response."""
         record = http_request(request.scope)
         request_id, inference = read_generate(model, await _body(request))
         record.prompts = inference.prompt
         async with AsyncExitStack() as stack:
-            generation = await stack.enter_async_context(aclosing(await models.open(inference)))
-            record.generations = (generation,)
-            form = AnswerForm(OutputTensors(model, inference, generation.num_prompt_tokens), request_id)
-            rest = responses(inference, generation)
+            answer = await stack.enter_async_context(aclosing(await model.open(inference, is_stream=True)))
+            record.generations = (answer.work,)
+            rest = aiter(answer)
+            form = AnswerForm(model, request_id)
             return EventStreamResponse(_events(await anext(rest), rest, form, record), stack.pop_all())
 
-    generate_body = _described_body(TextInference.model_json_schema())
     add("GET", "/ready", model_ready)
     add("GET", "/config", model_config)
     add("POST", "/infer", infer, openapi_extra=_described_body(INFER_SCHEMA), responses=BINARY)
-    add("POST", "/generate", generate, openapi_extra=generate_body)
-    add("POST", "/generate_stream", generate_stream, openapi_extra=generate_body, responses=STREAMS)
+    if models.are_decoupled:
+        generate_body = _described_body(TextInference.model_json_schema())
+        add("POST", "/generate", generate, openapi_extra=generate_body)
+        add("POST", "/generate_stream", generate_stream, openapi_extra=generate_body, responses=STREAMS)
     add("GET", "", model_metadata)  # last: its path would match the others' too
     return router
 
 
 async def _events(
-    first: Sequence[Piece], rest: AsyncIterator[Sequence[Piece]], form: AnswerForm, record: HttpRequest
+    first: Outputs, rest: AsyncIterator[Outputs], form: AnswerForm, record: HttpRequest
 ) -> AsyncIterator[bytes]:
     yield form.event(first)
     try:
-        async for pieces in rest:
-            yield form.event(pieces)
+        async for outputs in rest:
+            yield form.event(outputs)
     except HastenError as error:
         described = describe(error)
         record.error = described.code

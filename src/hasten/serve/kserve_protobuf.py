@@ -1,4 +1,4 @@
-"""KServe v2's gRPC messages, from tritonclient's own definitions: requests into tensors, pieces into responses.
+"""KServe v2's gRPC messages, from tritonclient's own definitions: requests into tensors, outputs into responses.
 
 Whatever bytes come are a request or a RequestError. Responses carry their output in raw_output_contents, as
 Triton's do.
@@ -6,7 +6,6 @@ Triton's do.
 Not here: methods and streams (`kserve_grpc`), tensors' elements (`kserve_tensors`).
 """
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -14,9 +13,9 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hasten.errors import RequestError
 from hasten.serve.kserve_fields import Inference
-from hasten.serve.kserve_models import VERSION, KServeModel, KServeModels, OutputTensors
+from hasten.serve.kserve_generation import FINISH_REASON
+from hasten.serve.kserve_models import VERSION, KServeModel, KServeModels, Outputs
 from hasten.serve.kserve_tensors import Tensor, bytes_of, text_of
-from hasten.serve.pieces import Piece
 
 # of a stream's response: whether it is its request's last
 FINAL = "triton_final_response"
@@ -47,7 +46,7 @@ def serialized(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def read_infer(models: KServeModels, request: pb.ModelInferRequest) -> tuple[KServeModel, Inference]:
+def read_infer(models: KServeModels, request: pb.ModelInferRequest) -> tuple[KServeModel[Any], Inference]:
     """Which model is asked for what.
 
     Raises:
@@ -68,34 +67,33 @@ class ResponseForm:
         request: of a kind that `read_infer` takes.
     """
 
-    def __init__(self, outputs: OutputTensors, request: pb.ModelInferRequest) -> None:
-        self._outputs = outputs
+    def __init__(self, model: KServeModel[Any], request: pb.ModelInferRequest) -> None:
+        self._model = model
         self._request_id = request.id
-        self._asked = {output.name for output in request.outputs} or set(outputs.model.outputs)
+        self._asked = {output.name for output in request.outputs} or set(model.outputs)
 
-    def response(self, pieces: Sequence[Piece]) -> pb.ModelInferResponse:
-        """The outputs that these pieces are."""
+    def response(self, outputs: Outputs) -> pb.ModelInferResponse:
+        """Of the outputs those that were asked for."""
         response = pb.ModelInferResponse()
-        self._fill(response, pieces)
+        self._fill(response, outputs)
         return response
 
-    def stream_response(self, pieces: Sequence[Piece]) -> pb.ModelStreamInferResponse:
+    def stream_response(self, outputs: Outputs) -> pb.ModelStreamInferResponse:
         """The same as one of a stream's responses."""
         message = pb.ModelStreamInferResponse()
-        self._fill(message.infer_response, pieces)
-        message.infer_response.parameters[FINAL].bool_param = pieces[-1].finish_reason is not None
+        self._fill(message.infer_response, outputs)
+        message.infer_response.parameters[FINAL].bool_param = FINISH_REASON in outputs
         return message
 
-    def _fill(self, response: pb.ModelInferResponse, pieces: Sequence[Piece]) -> None:
-        model = self._outputs.model
-        response.model_name = model.name
+    def _fill(self, response: pb.ModelInferResponse, outputs: Outputs) -> None:
+        response.model_name = self._model.name
         response.model_version = VERSION
         response.id = self._request_id
-        for name, values in self._outputs.values(pieces).items():
+        for name, values in outputs.items():
             if name in self._asked:
-                datatype = model.outputs[name].datatype
-                response.outputs.add(name=name, datatype=datatype, shape=(len(values),))
-                response.raw_output_contents.append(bytes_of(datatype, values))
+                spec = self._model.outputs[name]
+                response.outputs.add(name=name, datatype=spec.datatype, shape=spec.shape_of(len(values)))
+                response.raw_output_contents.append(bytes_of(spec.datatype, values))
 
 
 def _tensors(request: pb.ModelInferRequest) -> list[Tensor]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hasten.errors import RequestError
 
 INTEGERS = {"INT32": "i", "INT64": "q", "UINT32": "I", "UINT64": "Q"}
@@ -69,12 +71,16 @@ class Tensor:
         return cls(name, datatype, tuple(shape), values)
 
 
-def bytes_of(datatype: str, values: Sequence[Any]) -> bytes:
+Elements = Sequence[Any] | np.ndarray
+"""All of a tensor's in row-major order: str, or numbers, where they are many as an array of one dimension."""
+
+
+def bytes_of(datatype: str, values: Elements) -> bytes:
     """The protocol's binary form of str values (BYTES) or numbers."""
     if datatype == "BYTES":
         encoded = [text.encode() for text in values]
         return b"".join([part for each in encoded for part in (LENGTH.pack(len(each)), each)])
-    return struct.pack(f"<{len(values)}{STRUCT_CODES[datatype]}", *values)
+    return np.asarray(values, f"<{STRUCT_CODES[datatype]}").tobytes()
 
 
 def _numbers(name: str, datatype: str, raw: bytes) -> tuple[Any, ...]:

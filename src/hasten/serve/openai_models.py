@@ -16,10 +16,12 @@ from hasten.request import Grammar, SamplingParams
 
 INT32 = 2**31 - 1
 MAX_PROMPTS = 1024
+MAX_INPUTS = 2048  # of one request for embeddings
 MAX_STOPS = 16
 
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+EmbeddedText = Annotated[str, StringConstraints(min_length=1)]
 
 # labels for OpenAI's own records; they cannot change an answer
 IGNORED = (

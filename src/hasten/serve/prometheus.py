@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from hasten.runtimes.base import EngineStats
+
 if TYPE_CHECKING:
     from hasten.serve.engine_client import EngineClient
 
@@ -110,6 +112,16 @@ class ServeMetrics(Collector):
     def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
         return CounterMetricFamily(PREFIX + name, text, labels=["model_name", *labels])
 
+    def _total(self, name: str, text: str, value: float) -> Metric:
+        counter = self._counter(name, text)
+        counter.add_metric([self._model_name], value)
+        return counter
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+        gauge.add_metric([self._model_name], float(value))
+        return gauge
+
     def _histograms(self) -> Iterator[Metric]:
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From a request's arrival to its first token.", self.time_to_first_token_s),
@@ -126,23 +138,21 @@ class ServeMetrics(Collector):
     def _engine(self) -> Iterator[Metric]:
         """The engine's own figures; counters begin again at 0 when it was restarted, which Prometheus expects."""
         stats = self._client.stats
-        usage = stats.num_used_kv_blocks / stats.num_kv_blocks if stats.num_kv_blocks else 0.0
-        for name, text, value in (
-            ("num_requests_running", "Sequences in the running batch.", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait for a place in the batch.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", usage),
-            ("engine_ready", "1 while there is an engine process that takes requests.", self._client.is_ready),
-        ):
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-            gauge.add_metric([self._model_name], float(value))
-            yield gauge
-        for name, text, value in (
-            ("num_preemptions", "Sequences put back because the KV cache was full.", stats.num_preemptions),
-            ("prompt_tokens", "Prompt tokens of accepted requests.", stats.num_prompt_tokens),
-            ("generation_tokens", "Tokens generated.", stats.num_generated_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_prompt_tokens),
-            ("prefix_cache_hits", "Prompt tokens found there.", stats.num_prefix_hit_tokens),
-        ):
-            counter = self._counter(name, text)
-            counter.add_metric([self._model_name], value)
-            yield counter
+        is_ready = self._client.is_ready
+        yield self._gauge("num_requests_running", "Sequences in the running batch.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Sequences that wait for a place in the batch.", stats.num_waiting)
+        yield self._gauge("engine_ready", "1 while there is an engine process that takes requests.", is_ready)
+        yield self._total("prompt_tokens", "Prompt tokens of accepted requests.", stats.num_prompt_tokens)
+        yield self._total("generation_tokens", "Tokens generated.", stats.num_generated_tokens)
+        if stats.num_kv_blocks:
+            yield from self._kv_cache(stats)
+
+    def _kv_cache(self, stats: EngineStats) -> Iterator[Metric]:
+        """Not of an encoder, which has no such cache, nor of a model that is being loaded."""
+        usage = stats.num_used_kv_blocks / stats.num_kv_blocks
+        preemptions = "Sequences put back because the KV cache was full."
+        looked_up = "Prompt tokens looked up in the prefix cache."
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1.", usage)
+        yield self._total("num_preemptions", preemptions, stats.num_preemptions)
+        yield self._total("prefix_cache_queries", looked_up, stats.num_prompt_tokens)
+        yield self._total("prefix_cache_hits", "Prompt tokens found there.", stats.num_prefix_hit_tokens)

@@ -38,8 +38,6 @@ def test_what_an_encoder_cannot_do_is_refused(encoder: Path) -> None:
     config = ServeConfig(str(encoder), device="cpu", scheme="w8a16")
     with pytest.raises(UsageError, match="does not run scheme 'w8a16'"):
         runtime_config_of(config, *served_target(config))
-    with pytest.raises(UsageError, match="leave out --grpc-port"):
-        served_target(ServeConfig(str(encoder), device="cpu", grpc_port=0))
 
 
 def test_embeddings_by_another_architecture_are_refused(tmp_path: Path) -> None:

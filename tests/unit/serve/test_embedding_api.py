@@ -1,60 +1,16 @@
 """/v1/embeddings over a made-up engine: limits, errors and metrics; the real one is in tests/serving."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from fake_engine import TOKENIZER, FakeEngineClient, facts, make_service
+from fake_encoder import SIZE, FakeEncoderClient, encoder_service
+from fake_engine import TOKENIZER, FakeEngineClient, make_service
 
-from hasten.errors import EngineUnavailableError
-from hasten.request import EmbeddingEvent, EmbeddingRequest
-from hasten.runtimes.base import EmbeddingFacts, EngineFacts
 from hasten.serve.app import HttpLimits, make_app, make_embedding_app
-from hasten.serve.service import Service, ServiceLimits
-from hasten.serve.tokenizer import ServeTokenizer
-
-SIZE = 4
-
-
-class FakeEncoderClient:
-    """Gives each input the vector (number of tokens, first token, 0, 0)."""
-
-    stats = FakeEngineClient().stats
-
-    def __init__(self, *, error: str | None = None, dies: bool = False, **embedding: Any) -> None:
-        values = {"size": SIZE, "pooling": ("mean",), "is_normalized": False, "matryoshka_sizes": None} | embedding
-        self.facts = EngineFacts(**_fields(facts(max_num_seqs=2)), embedding=EmbeddingFacts(**values))
-        self.is_ready = True
-        self.failure = None
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.cancelled = 0
-        self._error, self._dies = error, dies
-
-    async def embed(self, request: EmbeddingRequest) -> EmbeddingEvent:
-        if not self.is_ready:
-            raise EngineUnavailableError("the engine is starting: try again in a few seconds")
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        self.is_ready = not self._dies
-        vectors = np.array([(len(each), each[0], 0, 0) for each in request.inputs], dtype=np.float32)
-        now_s = time.perf_counter()
-        return EmbeddingEvent(request.request_id, b"" if self._error else vectors.tobytes(), now_s, now_s, self._error)
-
-
-def _fields(found: EngineFacts) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__slots__ if name != "embedding"}
-
-
-def encoder_service(client: FakeEncoderClient, **limits: Any) -> Service:
-    return Service(client, ServeTokenizer(TOKENIZER), "tiny", ServiceLimits(**limits))  # type: ignore[arg-type]
+from hasten.serve.service import Service
 
 
 def served(service: Service, ask: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
@@ -87,10 +43,8 @@ def test_an_answer_is_as_openai_has_it() -> None:
 
 def test_texts_that_take_long_to_tokenize_are_no_different() -> None:
     texts = ["a", "The model reads " * 400]
-    limits = {"max_queue": 8}
-    client = FakeEncoderClient()
-    client.facts = EngineFacts(**_fields(facts(max_model_tokens=4096)), embedding=client.facts.embedding)
-    data = post({"input": texts}, client, **limits).json()["data"]
+    client = FakeEncoderClient(max_model_tokens=4096)
+    data = post({"input": texts}, client).json()["data"]
     assert [each["embedding"][0] for each in data] == [len(TOKENIZER.encode(text)) for text in texts]
 
 

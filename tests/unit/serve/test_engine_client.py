@@ -392,6 +392,7 @@ def test_random_requests_and_aborts_give_the_tokens_of_generate() -> None:
                 return await one(client, index)
 
         async with started(EngineClient("native", config)) as client:
+            assert client.stats.num_kv_blocks == client.facts.num_kv_blocks > 0
             kept, aborted = (client.stream(request(name, prompts[0], 50, ignore_eos=True)) for name in "ab")
             await anext(aborted)
             both = client.stats.num_used_kv_blocks

@@ -18,8 +18,8 @@ from hasten.errors import RequestError, UsageError
 from hasten.serve import kserve_grpc
 from hasten.serve.access import ApiKeys
 from hasten.serve.app import HttpLimits
+from hasten.serve.kserve_generation import generating_models
 from hasten.serve.kserve_grpc import grpc_serving
-from hasten.serve.kserve_models import KServeModels
 from hasten.serve.kserve_protobuf import read_infer
 from hasten.serve.server import Listen
 from hasten.serve.service import Service
@@ -31,7 +31,7 @@ def served(service: Service, ask: Callable[[grpc.aio.Channel], Awaitable[Any]], 
     """What `ask` returns of a channel to this service."""
 
     async def run() -> Any:
-        async with grpc_serving(service, Listen(grpc_port=0), HttpLimits(**limits)) as address:
+        async with grpc_serving(generating_models(service), Listen(grpc_port=0), HttpLimits(**limits)) as address:
             assert address is not None
             # windows that do not grow: a reader that stops is noticed after 64 KiB
             async with grpc.aio.insecure_channel(address, (("grpc.http2.bdp_probe", 0),)) as channel:
@@ -336,10 +336,11 @@ def test_a_request_is_a_line_in_the_log_without_its_prompt(caplog: pytest.LogCap
 
 def test_an_address_that_cannot_be_listened_on_is_the_users_mistake(tmp_path: Any) -> None:
     async def run(listen: Listen) -> None:
-        async with grpc_serving(make_service(FakeEngineClient()), listen, HttpLimits()) as address:
+        models = generating_models(make_service(FakeEngineClient()))
+        async with grpc_serving(models, listen, HttpLimits()) as address:
             assert address is not None
             port = int(address.rpartition(":")[2])
-            async with grpc_serving(make_service(FakeEngineClient()), Listen(grpc_port=port), HttpLimits()):
+            async with grpc_serving(models, Listen(grpc_port=port), HttpLimits()):
                 pass
 
     with pytest.raises(UsageError, match="cannot listen for gRPC"):
@@ -366,6 +367,6 @@ def test_any_tensors_are_a_request_or_refused(
         for tensor in request.inputs:
             tensor.ClearField("contents")
     with contextlib.suppress(RequestError):
-        model, inference = read_infer(KServeModels(make_service(FakeEngineClient())), request)
+        model, inference = read_infer(generating_models(make_service(FakeEngineClient())), request)
         assert inference.sampling(inference.max_tokens or 1).max_tokens >= 1
         assert model.name == "tiny"

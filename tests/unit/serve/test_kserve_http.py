@@ -17,7 +17,7 @@ from hasten.errors import RequestError
 from hasten.serve.access import ApiKeys
 from hasten.serve.app import HttpLimits, make_app
 from hasten.serve.kserve_format import read_generate, read_infer
-from hasten.serve.kserve_models import KServeModels
+from hasten.serve.kserve_generation import generating_models
 from hasten.serve.service import Service
 
 GENERATE = "/v2/models/tiny/generate"
@@ -212,7 +212,7 @@ INPUTS = st.lists(
 @given(INPUTS, st.binary(max_size=24), st.integers(-3, 3))
 def test_any_infer_body_is_read_or_refused(inputs: list[Any], raw: bytes, length_error: int) -> None:
     header = json.dumps({"inputs": inputs}).encode()
-    model = KServeModels(make_service(FakeEngineClient())).find("tiny")
+    model = generating_models(make_service(FakeEngineClient())).find("tiny")
     with contextlib.suppress(RequestError):
         message, tensors = read_infer(header + raw, str(len(header) + length_error))
         assert length_error >= 0
@@ -221,7 +221,7 @@ def test_any_infer_body_is_read_or_refused(inputs: list[Any], raw: bytes, length
 
 @given(st.dictionaries(NAMES, JSON, max_size=4))
 def test_any_generate_body_is_read_or_refused(values: dict[str, Any]) -> None:
-    model = KServeModels(make_service(FakeEngineClient())).find("tiny")
+    model = generating_models(make_service(FakeEngineClient())).find("tiny")
     with contextlib.suppress(RequestError):
         _, inference = read_generate(model, json.dumps(values).encode())
         assert inference.prompt == values["text_input"]

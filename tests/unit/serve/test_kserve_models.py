@@ -1,13 +1,17 @@
-"""What the two models of the Open Inference Protocol take and give."""
+"""What the two models of the Open Inference Protocol take and give, where they generate."""
 
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngineClient, make_service
+from fake_engine import TOKENIZER, FakeEngineClient, make_service
 
 from hasten.errors import RequestError
 from hasten.request import SamplingParams
-from hasten.serve.kserve_models import KServeModel, KServeModels, OutputTensors
+from hasten.serve.kserve_generation import GenerationAnswer, generating_models
+from hasten.serve.kserve_models import KServeModel, Outputs
 from hasten.serve.kserve_tensors import Tensor
 from hasten.serve.openai_errors import ApiException
 from hasten.serve.pieces import Piece
@@ -15,16 +19,22 @@ from hasten.serve.pieces import Piece
 PROMPT = Tensor("text_input", "BYTES", (1,), ["Hi"])
 
 
-def model(name: str = "tiny") -> KServeModel:
-    return KServeModels(make_service(FakeEngineClient())).find(name)
+def model(name: str = "tiny") -> KServeModel[Any]:
+    return generating_models(make_service(FakeEngineClient())).find(name)
 
 
-def outputs(name: str = "tiny", **values: Any) -> OutputTensors:
-    return OutputTensors(model(name), model(name).read_values(values or {"text_input": "Hi"}), 7)
+def outputs(pieces: Sequence[Piece], name: str = "tiny", **values: Any) -> Outputs:
+    async def run() -> Outputs:
+        asked = model(name)
+        async with aclosing(await asked.open(asked.read_values(values), is_stream=False)) as answer:
+            assert isinstance(answer, GenerationAnswer)
+            return answer.outputs(pieces)
+
+    return asyncio.run(run())
 
 
 def test_there_is_a_model_of_text_and_one_of_tokens() -> None:
-    models = KServeModels(make_service(FakeEngineClient()))
+    models = generating_models(make_service(FakeEngineClient()))
     assert [each["name"] for each in models.index()] == ["tiny", "tiny_tokens"]
     assert models.find("tiny", "1") is models.find("tiny")
     for name, version in (("other", ""), ("tiny", "2"), ("tiny", "one"), ("", "")):
@@ -137,14 +147,15 @@ def test_token_ids_are_taken_with_and_without_a_leading_dimension() -> None:
 
 def test_the_last_pieces_have_the_finish_reason() -> None:
     pieces = [Piece(0, "a", (1, 2)), Piece(0, "b", (3,))]
-    assert outputs().values(pieces) == {"text_output": ["ab"]}
+    assert outputs(pieces, text_input="Hi") == {"text_output": ["ab"]}
     last = [Piece(0, "c", (4,), finish_reason="stop")]
-    assert outputs().values(last) == {"text_output": ["c"], "finish_reason": ["stop"]}
-    assert outputs("tiny_tokens", input_ids=[5]).values(pieces) == {"output_ids": [1, 2, 3]}
+    assert outputs(last, text_input="Hi") == {"text_output": ["c"], "finish_reason": ["stop"]}
+    assert outputs(pieces, "tiny_tokens", input_ids=[5]) == {"output_ids": [1, 2, 3]}
 
 
 def test_tokens_are_counted_for_who_asks() -> None:
     pieces = [Piece(0, "a", (1, 2)), Piece(0, "b", (3,))]
-    counted = outputs(text_input="Hi", return_num_output_tokens=True, return_num_input_tokens="true")
-    assert counted.values(pieces) == {"text_output": ["ab"], "num_input_tokens": [7], "num_output_tokens": [3]}
-    assert outputs(text_input="Hi", return_num_output_tokens=True).values(pieces[:1])["num_output_tokens"] == [2]
+    counted = outputs(pieces, text_input="Hi", return_num_output_tokens=True, return_num_input_tokens="true")
+    num_input_tokens = len(TOKENIZER.encode("Hi"))
+    assert counted == {"text_output": ["ab"], "num_input_tokens": [num_input_tokens], "num_output_tokens": [3]}
+    assert outputs(pieces[:1], text_input="Hi", return_num_output_tokens=True)["num_output_tokens"] == [2]

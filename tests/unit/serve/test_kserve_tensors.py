@@ -54,6 +54,7 @@ def test_texts_are_those_of_tritonclient(texts: list[str]) -> None:
 def test_numbers_are_little_endian() -> None:
     assert Tensor.from_bytes("x", "INT64", [1, 2], np.array([-1, 2**40]).tobytes()).values == (-1, 2**40)
     assert bytes_of("INT32", [5, -6]) == np.array([5, -6], np.int32).tobytes()
+    assert bytes_of("FP32", np.array([0.5, -6], np.float32)) == struct.pack("<2f", 0.5, -6)
 
 
 def test_nested_and_flat_lists_are_the_same() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from fake_encoder import FakeEncoderClient, encoder_service
 from fake_engine import FakeEngineClient, make_service
 from prometheus_client.parser import text_string_to_metric_families
 from test_openai_api import post, served
@@ -43,6 +44,12 @@ def test_requests_and_the_engine_are_counted() -> None:
     assert found["hasten:kv_cache_usage_perc", ()] == 0.25
     assert found["hasten:prefix_cache_hits_total", ()] == 4
     assert found["hasten:engine_ready", ()] == 1
+
+
+def test_an_encoder_has_no_figures_of_a_cache() -> None:
+    names = {name for name, _ in samples_of(encoder_service(FakeEncoderClient()))}
+    assert {"hasten:prompt_tokens_total", "hasten:engine_ready"} <= names
+    assert not {name for name in names if "cache" in name or "preemption" in name}
 
 
 def test_an_error_in_the_middle_of_a_stream_is_counted() -> None:
