@@ -8,7 +8,7 @@ every server takes, and `probe` finds out which it does. Knows bytes, not socket
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -21,7 +21,7 @@ TOKEN_IDS = "return_token_ids"
 OPENAI_OPTIONAL = (TOKEN_IDS, IGNORE_EOS, USAGE)
 COUNTS = ("return_num_input_tokens", "return_num_output_tokens")
 DONE = b"[DONE]"
-MAX_CHUNK_TOKENS = 1 << 20  # that many times are kept for a chunk, so a wrong count must not be believed
+MAX_COUNT = 1 << 20  # a time is kept for each token that a server counts, so a wrong count must not be believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _Choice(msgspec.Struct):
 
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    completion_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)] | None = None
 
 
 class _OpenAIChunk(msgspec.Struct):
@@ -214,7 +214,7 @@ def kserve_answer(events: Iterable[tuple[float, KServeChunk]]) -> Answer:
             text = event.text_output if isinstance(event.text_output, str) else "".join(event.text_output or ())
             num_tokens = _first(event.num_output_tokens)
             num_prompt_tokens = _first(event.num_input_tokens) or num_prompt_tokens
-            if num_tokens is not None and not 0 <= num_tokens <= MAX_CHUNK_TOKENS:
+            if num_tokens is not None and not 0 <= num_tokens <= MAX_COUNT:
                 raise NotAnAnswerError(f"the server sent {num_tokens} as the number of tokens of one response")
             if text or num_tokens:
                 chunks.append(Chunk(time_s, len(text), num_tokens))

@@ -150,6 +150,13 @@ def test_a_count_that_cannot_be_is_not_believed(count: object) -> None:
     assert made[3] == error
 
 
+@pytest.mark.parametrize("count", [-1, 1 << 40])
+def test_a_usage_that_cannot_be_is_no_answer(count: int) -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": count}}
+    error = "the server sent an event that is not a chunk of OpenAI's API"
+    assert record_of(stream(chunk("a"), usage)) == (1, 2, "error", error)
+
+
 def test_bodies_ask_for_exactly_the_tokens() -> None:
     completion = json.loads(OpenAIEndpoint("m").body(REQUEST))
     assert completion["max_tokens"] == 3 and completion["ignore_eos"] and completion["stream"]
