@@ -58,6 +58,19 @@ def check_fp8_rows(device: str, dtype: torch.dtype, magnitude: float, rows: int,
         assert bool(is_right.all())
 
 
+def check_fp8_norm_of_a_sum(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    from hasten.kernels.cuda import elementwise
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        x, addend, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    total = x + addend
+    found = elementwise.rms_norm_fp8(x, weight, EPS, addend=addend)
+    assert torch.equal(x, total)
+    for actual, expected in zip(found, elementwise.rms_norm_fp8(total, weight, EPS), strict=True):
+        assert torch.equal(actual.float(), expected.float())
+
+
 def check_late_scales(device: str, dtype: torch.dtype, rows: int, width: int, *, has_more: bool) -> None:
     from hasten.kernels.cuda import elementwise
 

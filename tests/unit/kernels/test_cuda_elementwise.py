@@ -7,7 +7,13 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is there: tests/gpu runs the kernels natively", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton")
 
-from elementwise_checks import check_fp8_rows, check_late_scales, check_norm_and_silu_mul, check_rotate_and_write
+from elementwise_checks import (
+    check_fp8_norm_of_a_sum,
+    check_fp8_rows,
+    check_late_scales,
+    check_norm_and_silu_mul,
+    check_rotate_and_write,
+)
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -22,6 +28,11 @@ def test_norm_and_silu_mul(dtype: torch.dtype, width: int) -> None:
 @pytest.mark.parametrize("magnitude", [0.0, 1e-4, 1.0, 1e4])
 def test_fp8_rows(magnitude: float, width: int) -> None:
     check_fp8_rows("cpu", torch.float32, magnitude, 5, width)
+
+
+@pytest.mark.parametrize("width", [16, 200])
+def test_fp8_norm_of_a_sum(width: int) -> None:
+    check_fp8_norm_of_a_sum("cpu", torch.float32, 5, width)
 
 
 @pytest.mark.parametrize("width", [16, 200])

@@ -41,6 +41,7 @@ class Fp8Rows(torch.Tensor):
 
 class CudaProduct:
     """See `kernels.product.Product`. A gated fp8 product of many rows gives Fp8Rows, which the next one takes.
+    One with a residual may give HiddenRows: a product with a norm reads them first, or else `whole`.
 
     Args:
         weight: [out_features, in_features] row-major: float32, float16, bfloat16, int8 or float8_e4m3fn.
