@@ -217,10 +217,10 @@ def test_charts_follow_the_server(visit: Visit, server: ServeProcess) -> None:
     for title in ("Output tokens/s", "TTFT", "Requests", "KV cache"):
         chart = tab.locator("figure", has_text=title)
         heights = chart.locator(".plot path").first
-        expect(heights).to_have_attribute("d", re.compile(r"M[\d.]+ [\d.]+h0"))
-        drawn = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", heights.get_attribute("d") or "")]
-        assert min(drawn) < 100, f"{title} never left 0"
-        assert all(0 <= y <= 100 for y in drawn)
+        # 100 is the axis, 0 the top; a request's first blocks may be too small a share of the cache to be seen
+        expect(heights, f"{title} leaves 0").to_have_attribute("d", re.compile(r"[ML][\d.]+ \d\d?\.\d"))
+        drawn = [float(y) for y in re.findall(r"[ML][\d.]+ ([-\d.]+)", heights.get_attribute("d") or "")]
+        assert all(0 <= y <= 100 for y in drawn), f"{title} leaves its plot"
     expect(speed).to_have_attribute("aria-label", re.compile("now: 0$"))
     speed.focus()
     for _ in range(40):
