@@ -1,8 +1,9 @@
 """POST /v1/embeddings of the OpenAI API, for an encoder."""
 
+import asyncio
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -65,12 +66,13 @@ def embedding_router(service: Service) -> APIRouter:
             raise ApiException(describe(error, "input")) from error
         record.generations = (embedding,)
         vectors = cut(await embedding.vectors(), body.dimensions, facts)
+        data = []
+        for index, vector in enumerate(vectors):
+            data.append({"object": "embedding", "index": index, "embedding": encoded(vector, body.encoding_format)})
+            await asyncio.sleep(0)  # thousands of vectors take a second to write, and others must not wait for it
         answer = {
             "object": "list",
-            "data": [
-                {"object": "embedding", "index": index, "embedding": encoded(vector, body.encoding_format)}
-                for index, vector in enumerate(vectors)
-            ],
+            "data": data,
             "model": service.model_name,
             "usage": {"prompt_tokens": embedding.num_prompt_tokens, "total_tokens": embedding.num_prompt_tokens},
         }
@@ -105,8 +107,8 @@ def cut(vectors: np.ndarray, dimensions: int | None, facts: EmbeddingFacts) -> n
     return beginnings / np.maximum(np.linalg.norm(beginnings, axis=1, keepdims=True), SMALLEST_LENGTH)
 
 
-def encoded(vector: np.ndarray, encoding_format: str) -> Any:
-    """A vector as the answer has it."""
+def encoded(vector: np.ndarray, encoding_format: str) -> msgspec.Raw:
+    """A vector as the answer has it, in JSON."""
     if encoding_format == "float":
-        return vector.tolist()
-    return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()
+        return msgspec.Raw(msgspec.json.encode(vector.tolist()))
+    return msgspec.Raw(b'"%s"' % base64.b64encode(vector.astype("<f4", copy=False).tobytes()))

@@ -119,6 +119,29 @@ def test_a_request_that_takes_too_long_is_taken_back() -> None:
     assert service.metrics.finished["abort"] == 1
 
 
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+def test_others_are_answered_while_many_vectors_are_written(encoding_format: str) -> None:
+    client = FakeEncoderClient()
+    service = encoder_service(client, max_queue=1000)
+    body = {"input": [[3]] * 1000, "encoding_format": encoding_format}
+
+    async def ask(http: httpx.AsyncClient) -> tuple[int, httpx.Response]:
+        client.gate.clear()
+        answer = asyncio.create_task(http.post("/v1/embeddings", json=body))
+        while service.idle.is_set():
+            await asyncio.sleep(0)
+        client.gate.set()
+        turns = 0
+        while not answer.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return turns, await answer
+
+    turns, answer = served(service, ask)
+    assert len(answer.json()["data"]) == 1000
+    assert turns > 1000
+
+
 def test_metrics_count_inputs_and_tokens() -> None:
     service = encoder_service(FakeEncoderClient())
     served(service, lambda http: http.post("/v1/embeddings", json={"input": [[3, 4], [5]]}))
