@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
     @verb(app, "optimize", arguments=["model"])
     def optimize(config: OptimizeConfig, *, json: Json = False) -> None:
         """Measure every runtime and precision, check quality, pick the fastest that passes, and report."""
-        from hasten.pipeline.optimize import carry_out, prepare_plan
+        from hasten.pipeline.optimize import carry_out
+        from hasten.pipeline.prepare_plan import prepare_plan
 
         terminal.note("looking at the machine and the model, a few seconds")
         prepared = prepare_plan(config)

@@ -13,37 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hasten.artifact import ModelRef, inspect
 from hasten.bench.offline import Progress as Measuring
 from hasten.bench.offline import measure
 from hasten.bench.pick import Decision, best_of_runtime, decide
-from hasten.bench.result import BenchConfig, BenchResult, Footprint, Memory, ProfileResult
+from hasten.bench.result import BenchResult, Footprint, Memory, ProfileResult
 from hasten.bench.served import Served
-from hasten.bench.workload import PlannedRun
 from hasten.errors import HastenError, RuntimeFailedError
 from hasten.evaluate.quality import Reference, evaluate, evaluate_baseline
-from hasten.hardware import Hardware, free_disk_bytes
-from hasten.hub import resolve_model
-from hasten.models.config import DecoderConfig
-from hasten.models.weights import check_weights
 from hasten.pipeline.config import OptimizeConfig
-from hasten.pipeline.describe import bench_arguments, blank_result, command_line, folder_bytes
-from hasten.pipeline.device import probe_for, resolve_device
-from hasten.pipeline.doctor import Check, check_conditions
-from hasten.pipeline.measuring import bench_config, check_length, launch, make_yardstick
-from hasten.pipeline.plan import (
-    BASELINE_RUNTIME,
-    SERVED_RUNTIME,
-    Plan,
-    PlannedCandidate,
-    check_resources,
-    default_output,
-    make_plan,
-)
+from hasten.pipeline.describe import command_line, folder_bytes
+from hasten.pipeline.measuring import launch, make_yardstick
+from hasten.pipeline.plan import BASELINE_RUNTIME, SERVED_RUNTIME
+from hasten.pipeline.prepare_plan import PreparedPlan, prepare_plan
 from hasten.pipeline.progress import LOAD_S, OnProgress, Schedule, silent
 from hasten.pipeline.run_folder import Kept, RunFolder, open_run_folder, read_recommended
+from hasten.pipeline.run_results import RunResults
 from hasten.pipeline.served_speed import measure_served
 from hasten.profiling.decode import profile_decode
 from hasten.profiling.gpu_decode import profile_gpu_decode
@@ -54,24 +39,6 @@ from hasten.runtimes.registry import runtime_class
 
 # expected seconds of the steps whose length hardly depends on the model
 QUALITY_S, PROFILE_S, REPORT_S = 8.0, 3.0, 8.0
-
-
-@dataclass(frozen=True)
-class PreparedPlan:
-    """A plan with what it was made from; nothing has been written yet.
-
-    Args:
-        checks: what `doctor` says about the conditions for measuring.
-    """
-
-    config: OptimizeConfig
-    checks: tuple[Check, ...]
-    model: ModelRef
-    max_context_tokens: int
-    hardware: Hardware
-    bench: BenchConfig
-    plan: Plan
-    run_path: Path
 
 
 @dataclass(frozen=True)
@@ -87,29 +54,6 @@ class Outcome:
     results: tuple[BenchResult, ...]
     decision: Decision
     served: Served | None
-
-
-def prepare_plan(config: OptimizeConfig) -> PreparedPlan:
-    """Looks at the model and the machine and plans the run.
-
-    Raises:
-        ModelError: the model cannot be used.
-        RequestError: prompt and output are longer than the model's context.
-        UsageError: options that leave nothing to do. ResourceError: it does not fit this machine.
-    """
-    model = inspect(resolve_model(config.model))
-    decoder = DecoderConfig.from_hf(model.config)
-    check_weights(model, decoder)
-    max_context_tokens = decoder.max_context_tokens
-    check_length(config, max_context_tokens)
-    device = resolve_device(config.device)
-    hardware = probe_for(device)
-    run_path = config.output or default_output(model.name)
-    plan = make_plan(config, model, hardware, device)
-    check_resources(plan, hardware, free_disk_bytes(run_path), device)
-    bench = bench_config(config, plan.num_rounds, device)
-    checks = check_conditions(hardware, run_path)
-    return PreparedPlan(config, checks, model, max_context_tokens, hardware, bench, plan, run_path)
 
 
 def optimize(config: OptimizeConfig, on_progress: OnProgress = silent) -> Outcome:
@@ -136,7 +80,7 @@ def carry_out(prepared: PreparedPlan, on_progress: OnProgress = silent) -> Outco
 
 
 class _Optimization:
-    """One run of `optimize`: the candidates' results so far, on disk and here."""
+    """The stages of one run of `optimize`, and what they hand to each other."""
 
     def __init__(self, prepared: PreparedPlan, on_progress: OnProgress) -> None:
         self._prepared = prepared
@@ -144,7 +88,7 @@ class _Optimization:
         self._planned = {cost.candidate.name: cost for cost in self._plan.candidates}
         self._yardstick = make_yardstick(prepared.model, prepared.bench, prepared.max_context_tokens)
         self._run = _open(prepared)
-        self._results = {name: self._known_result(cost) for name, cost in self._planned.items()}
+        self._results = RunResults(prepared, self._yardstick.runs, self._run)
         self._artifacts: dict[str, Path] = {}
         self._reference: Reference | None = None
         self._speed_s = 0.0  # spent on measuring speed
@@ -154,14 +98,14 @@ class _Optimization:
     def prepare(self) -> None:
         """Converts the model for each runtime that wants it in a form of its own."""
         for name in self._planned:
-            if self._has_work(name, self._group_of(name)) or name == self._plan.baseline:
+            if self._results.has_work(name) or name == self._plan.baseline:
                 self._attempt(name, self._prepare)
 
     def measure_group(self, index: int, names: Sequence[str]) -> None:
         """Quality, speed and profile of candidates that are loaded at the same time."""
         with ExitStack() as stack:
             processes: dict[str, RuntimeProcess] = {}
-            if any(self._has_work(name, index) for name in names[1:]):
+            if any(self._results.has_work_in(name, index) for name in names[1:]):
                 for name in names:
                     if name in self._artifacts:
                         self._attempt(name, self._load, processes, stack)
@@ -186,71 +130,31 @@ class _Optimization:
             write_report(results, decision, self._run.path, prices, served)
         return Outcome(self._run.path, results, decision, served)
 
-    def _known_result(self, cost: PlannedCandidate) -> BenchResult:
-        known = self._run.read_result(cost.candidate.name)
-        if known is not None and known.failure is None:
-            return dataclasses.replace(known, config=self._prepared.bench)
-        prepared = self._prepared
-        arguments = bench_arguments(prepared.config.model, cost.candidate, prepared.bench)
-        return blank_result(cost.candidate, prepared.model, prepared.hardware, prepared.bench, arguments)
-
     def _expect_steps(self) -> None:
         for name, cost in self._planned.items():
             result = self._results[name]
             self._schedule.expect(f"prepare {name}", cost.prepare_s if result.footprint is None else 0.0)
-            if self._has_work(name, self._group_of(name)):
+            if self._results.has_work(name):
                 self._schedule.expect(f"load {name}", LOAD_S)
                 self._schedule.expect(f"quality {name}", QUALITY_S if result.quality is None else 0.0)
                 self._schedule.expect(f"profile {name}", PROFILE_S)
         for index in range(len(self._plan.groups)):
-            self._schedule.expect(f"speed {index}", self._expected_speed_s(index))
+            self._schedule.expect(f"speed {index}", self._results.expected_speed_s(index))
         self._schedule.expect("served speed", 0.0 if self._run.read_served() else self._plan.served_s)
         self._schedule.expect("report", REPORT_S)
-
-    def _expected_speed_s(self, index: int) -> float:
-        total_s = 0.0
-        for name in self._plan.groups[index]:
-            made = {(run.concurrency, run.round_index) for run in self._results[name].runs}
-            run_s = dict(zip(self._prepared.bench.concurrency, self._planned[name].run_s, strict=True))
-            missing = [run for run in self._runs_of_group(index) if (run.concurrency, run.round_index) not in made]
-            total_s += sum(run_s[run.concurrency] for run in missing)
-        return total_s
-
-    def _group_of(self, name: str) -> int:
-        return next(index for index, group in enumerate(self._plan.groups) if name in group)
-
-    def _has_work(self, name: str, group_index: int) -> bool:
-        """Whether anything of this candidate is still to be measured in a group."""
-        result = self._results[name]
-        made = {(run.concurrency, run.round_index) for run in result.runs}
-        wanted = {(run.concurrency, run.round_index) for run in self._runs_of_group(group_index) if not run.is_warmup}
-        has_profile = result.profile is not None or "profile" in result.missing
-        return not (wanted <= made and result.quality is not None and has_profile)
-
-    def _runs_of_group(self, index: int) -> tuple[PlannedRun, ...]:
-        """The planned runs, with rounds counted on from group to group: the baseline is in each."""
-        offset = index * self._prepared.bench.num_runs
-        return tuple(
-            run if run.is_warmup else dataclasses.replace(run, round_index=run.round_index + offset)
-            for run in self._yardstick.runs
-        )
 
     def _attempt(self, name: str, stage: Callable[..., object], *arguments: object) -> bool:
         """Runs a stage of one candidate; a failure ends that candidate, and all if it is the baseline."""
         try:
             stage(name, *arguments)
         except HastenError as error:
-            self._update(name, failure=str(error))
+            self._results.update(name, failure=str(error))
             for kind in ("prepare", "load", "quality", "profile"):
                 self._schedule.expect(f"{kind} {name}", 0.0)
             if name == self._plan.baseline:
                 raise RuntimeFailedError(f"the baseline {name} failed, so nothing can be compared: {error}") from error
             return False
         return True
-
-    def _update(self, name: str, **changes: Any) -> None:
-        self._results[name] = dataclasses.replace(self._results[name], **changes)
-        self._run.write_result(self._results[name])
 
     def _prepare(self, name: str) -> None:
         candidate, out = self._planned[name].candidate, self._run.candidate_path(name)
@@ -267,7 +171,9 @@ class _Optimization:
             self._artifacts[name] = runtime_class(candidate.runtime).prepare(
                 self._prepared.model.path, candidate.scheme, out, self._prepared.bench.device, on_loading
             )
-        self._update(name, footprint=Footprint(folder_bytes(out), None, time.perf_counter() - start_s, load_s=0.0))
+        self._results.update(
+            name, footprint=Footprint(folder_bytes(out), None, time.perf_counter() - start_s, load_s=0.0)
+        )
 
     def _load(self, name: str, processes: dict[str, RuntimeProcess], stack: ExitStack) -> None:
         prepared = self._prepared
@@ -283,26 +189,23 @@ class _Optimization:
             prepare_s=earlier.prepare_s if earlier is not None else 0.0,
             load_s=process.load_s,
         )
-        self._update(name, footprint=footprint, memory=Memory(usage.rss_bytes, usage.peak_rss_bytes))
+        self._results.update(name, footprint=footprint, memory=Memory(usage.rss_bytes, usage.peak_rss_bytes))
         processes[name] = process
 
     def _judge_quality(self, name: str, process: RuntimeProcess) -> None:
         material, known = self._yardstick.material, self._results[name].quality
         if name == self._plan.baseline:
-            if self._reference is None and self._is_quality_missing():
+            if self._reference is None and self._results.is_quality_missing:
                 num_tokens = known.num_tokens if known is not None else None
                 with self._schedule.step("quality", f"{name}, held-out text", f"quality {name}"):
                     quality, self._reference = evaluate_baseline(
                         process, material, self._run.scratch_path, num_tokens=num_tokens
                     )
-                self._update(name, quality=quality)
+                self._results.update(name, quality=quality)
         elif known is None:
             assert self._reference is not None, "the baseline comes first"
             with self._schedule.step("quality", f"{name}, held-out text", f"quality {name}"):
-                self._update(name, quality=evaluate(process, material, self._reference))
-
-    def _is_quality_missing(self) -> bool:
-        return any(result.quality is None and result.failure is None for result in self._results.values())
+                self._results.update(name, quality=evaluate(process, material, self._reference))
 
     def _measure_speed(self, index: int, processes: Mapping[str, RuntimeProcess]) -> None:
         for process in processes.values():
@@ -319,13 +222,13 @@ class _Optimization:
         with self._schedule.step("speed", "warming up", kind):
             for name, run in measure(
                 processes,
-                self._runs_of_group(index),
+                self._results.runs_of_group(index),
                 done={name: self._results[name].runs for name in processes},
                 time_budget_s=self._prepared.config.time_budget,
                 on_progress=show,
             ):
                 failure = next((request.error for request in run.requests if request.error is not None), None)
-                self._update(name, runs=(*self._results[name].runs, run), failure=failure)
+                self._results.update(name, runs=(*self._results[name].runs, run), failure=failure)
         self._speed_s += time.perf_counter() - start_s
         for name, process in processes.items():
             if self._results[name].failure is None:
@@ -335,7 +238,7 @@ class _Optimization:
         memory = self._results[name].memory
         assert memory is not None, "noted when it was loaded"
         peak_bytes = max(memory.peak_rss_bytes, process.usage().peak_rss_bytes)
-        self._update(
+        self._results.update(
             name,
             memory=dataclasses.replace(
                 memory, peak_rss_bytes=peak_bytes, peak_device_bytes=process.peak_device_bytes()
@@ -347,7 +250,7 @@ class _Optimization:
             with self._schedule.step("profile", f"{name}, operators of a decode step", f"profile {name}"):
                 profile = self._profile_decode(name, process)
             missing = {} if profile is not None else {"profile": "this runtime does not tell its operators' times"}
-            self._update(name, profile=profile, missing=self._results[name].missing | missing)
+            self._results.update(name, profile=profile, missing=self._results[name].missing | missing)
 
     def _profile_decode(self, name: str, process: RuntimeProcess) -> ProfileResult | None:
         prompt = self._yardstick.material.prompts[0]
