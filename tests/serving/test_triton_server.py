@@ -181,6 +181,14 @@ def prompt_ids(prompt: str) -> tuple[int, ...]:
     return tuple(load_tokenizer(MODEL).encode(prompt))
 
 
+def test_nothing_runs_on_when_hasten_is_killed() -> None:
+    server = TritonProcess(MODEL, "--device", "cpu", "--threads", "1").wait_until_ready()
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert {"tritonserver", "triton_python_backend_stub"} <= {child.name()[:26] for child in children}, children
+    server.process.kill()
+    assert not psutil.wait_procs(children, 30)[1]
+
+
 def test_a_model_that_has_gone_is_told(tmp_path: Path) -> None:
     weights, repository = tmp_path / "weights", tmp_path / "repository"
     shutil.copytree(MODEL, weights)

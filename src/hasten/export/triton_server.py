@@ -5,9 +5,11 @@ holds the wheel nvidia-pytriton, which carries the binary: its parts are put tog
 binary looks for them, and its Python runs the models. Where there is none, NGC's container has it.
 """
 
+import ctypes
 import http.client
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:25.06-py3"
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 60
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,18 @@ def container_advice(model: str, ports: Ports) -> str:
 
 @contextmanager
 def running(server: Tritonserver, repository: Path, ports: Ports) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts the server and ends it; what it logs goes to stderr.
+    """Starts the server and ends it, also when this process is killed; what it logs goes to stderr.
 
     Raises:
         RuntimeFailedError: it ended before all models of the repository were loaded.
     """
+    prctl = ctypes.CDLL(None).prctl
     process = subprocess.Popen(
         [*server.command, f"--model-repository={repository}", *ports.options],
         env=server.environment,
         stdout=2,
         process_group=0,  # the terminal's Ctrl-C goes to its foreground group, and this is none of it
+        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (it takes no lock)
     )
     try:
         _wait_until_ready(process, ports)
