@@ -23,7 +23,8 @@
 // One-byte weights are converted to x's type in registers, exactly.
 //
 // Compiled by NVRTC with: WEIGHT_KIND (0: as x, 1: int8, 2: float8_e4m3), X_HALF (0: bf16, 1: fp16), N_TILES
-// (1: up to 8 rows, 2: up to 16), SEGMENT (bytes of a weight row in a stage), WARPS, TEAMS.
+// (1: up to 8 rows, 2: up to 16), SEGMENT (bytes of a weight row in a stage), WARPS, TEAMS, FINISHERS (warps that finish
+// tiles), PITCH (floats from one weight row's partial results to the next's), BARRIER_BYTES (for all barriers).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -59,20 +60,20 @@ constexpr int BLOCK = 128;                     // bytes of a weight row in two r
 constexpr int BLOCKS = SEGMENT / BLOCK;
 constexpr int TEAM = WARPS / TEAMS;            // warps of a team
 constexpr int BLOCKS_PER_WARP = BLOCKS / TEAM;
-constexpr int FINISHERS = 4;                   // warps that finish tiles: 16 weight rows of 8 batch rows
-constexpr int RESULTS = FINISHERS * 32;        // of a tile, for 8 batch rows
-constexpr int PITCH = 10;                      // floats from one weight row's partial results to the next's
+constexpr int RESULTS = FINISHERS * 32;        // of a tile, for 8 batch rows: one a thread
 constexpr int PARTIAL = N_TILES * TILE_ROWS * PITCH * 4;  // bytes of one warp's partial results
 constexpr int PEER_PARTIAL = N_TILES * RESULTS * 4;       // the same of one CTA of a cluster
 constexpr int MAX_CLUSTER = 8;
 constexpr int THREADS = (WARPS + 1 + FINISHERS) * 32;
 static_assert(BLOCKS % TEAM == 0 && WARPS % TEAMS == 0, "a stage's blocks divide between a team's warps");
+static_assert(RESULTS == TILE_ROWS * 8, "a finishing thread has a result of every 8 batch rows");
 
 // shared memory: barriers, the norm's factors, two buffers of partial results, those of the cluster, scales,
 // biases, norm weights, x, ring
 constexpr int FULL = 0, EMPTY = 128, X_FULL = 256, PART_EMPTY = 264;
 constexpr int PEER_FULL = 280, PEER_EMPTY = 296;  // PEER_EMPTY: [MAX_CLUSTER][2]
-constexpr int FACTORS = 512, PARTIALS = FACTORS + 16 * 4;
+constexpr int FACTORS = BARRIER_BYTES, PARTIALS = FACTORS + 16 * 4;
+static_assert(PEER_EMPTY + MAX_CLUSTER * 2 * 8 <= BARRIER_BYTES, "the last of the barriers");
 
 // named barriers; 0 is that of __syncthreads
 constexpr int FACTORS_FOUND = 1, X_NORMED = 2, SCALES_LOADED = 3, TILE_SUMMED = 4;

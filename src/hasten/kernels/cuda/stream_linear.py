@@ -35,6 +35,9 @@ HALF_SHARED_BYTES = 114 << 10
 
 SOURCE = Path(__file__).with_name("stream_linear.cu")
 TILE_ROWS = 16
+FINISHERS = 4  # warps that finish tiles: 16 weight rows of 8 batch rows, a result a thread
+PITCH = 10  # floats from one weight row's partial results to the next's, so that banks do not conflict
+BARRIER_BYTES = 512
 MIN_STAGES, MAX_STAGES = 3, 16  # more than there are teams
 MOST_X_BYTES_ALONE, MOST_X_BYTES_IN_CLUSTER = 24 << 10, 64 << 10
 """Of x in a CTA, above which a larger cluster is faster. Every CTA reads its part of x from L2 as weights stream
@@ -289,6 +292,9 @@ def definitions(weight_kind: int, x_half: bool, n_tiles: int, config: StreamConf
         "SEGMENT": config.segment_bytes,
         "WARPS": config.warps,
         "TEAMS": config.teams,
+        "FINISHERS": FINISHERS,
+        "PITCH": PITCH,
+        "BARRIER_BYTES": BARRIER_BYTES,
     }
 
 
@@ -346,14 +352,16 @@ def _stage_bytes(config: StreamConfig) -> int:
 
 def _head_bytes(k: int, rows: int, element_size: int, config: StreamConfig, normed: bool) -> int:
     """Shared memory ahead of the ring, scales and biases aside; mirrors the layout in stream_linear.cu."""
-    n_tiles = 1 if rows <= 8 else 2
-    peers = 2 * config.cluster * n_tiles * 512 if config.cluster > 1 else 0
+    batch_rows = 8 if rows <= 8 else 16
+    factors = MAX_ROWS * 4
+    partials = 2 * config.warps * batch_rows // 8 * TILE_ROWS * PITCH * 4
+    peers = 2 * config.cluster * batch_rows * TILE_ROWS * 4 if config.cluster > 1 else 0
     slice_bytes = _slice_bytes(k * element_size, config)
     x_bytes = slice_bytes * (2 // element_size)
     x_pitch = x_bytes + (64 if element_size == 2 else 16)
-    return 512 + 16 * 4 + 2 * config.warps * n_tiles * 640 + peers + rows * x_pitch + (x_bytes if normed else 0)
+    return BARRIER_BYTES + factors + partials + peers + rows * x_pitch + (x_bytes if normed else 0)
 
 
 def _num_threads(config: StreamConfig) -> int:
-    """Those that multiply, one warp that fetches weights and four that finish."""
-    return (config.warps + 5) * 32
+    """Of the warps that multiply, the one that fetches weights, and those that finish."""
+    return (config.warps + 1 + FINISHERS) * 32
