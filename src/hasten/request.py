@@ -148,6 +148,7 @@ class TokenEvent:
         error: one sentence, with finish_reason "error".
         started_s: as time_s, when the continuation's first step was scheduled; on its first token, where
             the runtime tells.
+        num_cached_tokens: of the prompt, which the prefix cache had; where started_s is.
     """
 
     request_id: str
@@ -159,6 +160,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     error: str | None = None
     started_s: float | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,19 @@ def test_chat_stream_is_the_chat_answer(client: OpenAI) -> None:
     assert text == answer.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
-    assert chunks[-1].usage == answer.usage
+    first, again = answer.usage, chunks[-1].usage
+    assert first is not None and again is not None
+    assert (again.prompt_tokens, again.completion_tokens) == (first.prompt_tokens, first.completion_tokens)
+
+
+def test_usage_says_what_the_prefix_cache_had(client: OpenAI) -> None:
+    prompt = list(range(500, 541))
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model="tiny-llama", prompt=prompt, max_tokens=2).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 32]  # whole blocks of 16, and never the last token
 
 
 def test_n_seed_and_stop(client: OpenAI) -> None:

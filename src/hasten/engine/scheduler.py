@@ -153,6 +153,7 @@ class Scheduler:
             self.num_generated_tokens += error is None
             reason = "error" if error else _finish_reason(sequence)
             matcher = sequence.matcher
+            is_first = sequence.num_output_tokens == 1
             has_own_end = reason in (None, "length") and matcher is not None and matcher.is_complete
             events.append(
                 TokenEvent(
@@ -164,7 +165,8 @@ class Scheduler:
                     logprob=token.logprob,
                     top_logprobs=token.top_logprobs,
                     error=error,
-                    started_s=sequence.started_s if sequence.num_output_tokens == 1 else None,
+                    started_s=sequence.started_s if is_first else None,
+                    num_cached_tokens=sequence.num_cached_tokens if is_first else None,
                 )
             )
             if has_own_end:  # the token is text, which that of an event with "stop" is not
@@ -258,7 +260,7 @@ class Scheduler:
         sequence.num_computed_tokens = num_shared_tokens
         sequence.slot = self._free_slots.pop()
         if sequence.started_s is None:
-            sequence.started_s = time.perf_counter()
+            sequence.started_s, sequence.num_cached_tokens = time.perf_counter(), num_shared_tokens
         self.num_prefix_hit_tokens += num_shared_tokens
         return True
 

@@ -37,6 +37,7 @@ class Sequence:
         num_pending_tokens: how many steps run that each draw a token of it.
         num_recorded_blocks: its full blocks that the block manager knows by content.
         started_s: `time.perf_counter()` when it was scheduled for the first time.
+        num_cached_tokens: of the prompt, which the prefix cache had then.
         slot: its number among the running sequences, below max_num_seqs, while it runs.
         is_decoding: whether the token to compute next is the one that its last step drew.
         known_blocks: the hash chain of its full blocks, as far as it was needed.
@@ -56,6 +57,7 @@ class Sequence:
     num_pending_tokens: int = 0
     num_recorded_blocks: int = 0
     started_s: float | None = None
+    num_cached_tokens: int | None = None
     slot: int | None = None
     is_decoding: bool = False
     is_finished: bool = False

@@ -96,7 +96,7 @@ async def _answer(
         async for some in pieces:
             for piece in some:
                 choices[piece.index].add(piece)
-        return Response(form.answer(choices, *_count(generations)), media_type="application/json")
+        return Response(form.answer(choices, generations), media_type="application/json")
 
 
 async def _events(
@@ -117,7 +117,7 @@ async def _events(
         record.error = described.code
         yield b"data: " + described.body() + b"\n\n"
         return
-    yield form.usage_event(*_count(generations)) + DONE
+    yield form.usage_event(generations) + DONE
 
 
 def _merged(generations: Sequence[Generation], n: int, stack: AsyncExitStack) -> AsyncIterator[Sequence[Piece]]:
@@ -151,8 +151,3 @@ def _merged(generations: Sequence[Generation], n: int, stack: AsyncExitStack) ->
     readers = [asyncio.create_task(read(position, each)) for position, each in enumerate(generations)]
     stack.push_async_callback(end)
     return take()
-
-
-def _count(generations: Sequence[Generation]) -> tuple[int, int]:
-    """Tokens of the prompts and of the output."""
-    return sum(each.num_prompt_tokens for each in generations), sum(each.num_tokens for each in generations)

@@ -15,17 +15,20 @@ import msgspec
 from hasten.request import FinishReason
 from hasten.serve.openai_models import SamplingFields
 from hasten.serve.pieces import Piece, TokenLogprob
-from hasten.serve.service import Service
+from hasten.serve.service import Generation, Service
 
 encode = msgspec.json.encode
 
 
-def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     """Tokens that a request took."""
+    num_prompt_tokens = sum(each.num_prompt_tokens for each in generations)
+    num_tokens = sum(each.num_tokens for each in generations)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_tokens or 0 for each in generations)},
     }
 
 
@@ -90,14 +93,14 @@ class AnswerFormat(ABC):
             return parts[0] + encode(piece.text) + parts[1] + encode(piece.token_ids) + parts[2]
         return parts[0] + encode(piece.text) + parts[1]
 
-    def usage_event(self, num_prompt_tokens: int, num_tokens: int) -> bytes:
+    def usage_event(self, generations: Sequence[Generation]) -> bytes:
         """The last event of a stream with include_usage; nothing without."""
         if not self._include_usage:
             return b""
-        body = self._head(self.chunk_kind) | {"choices": [], "usage": usage(num_prompt_tokens, num_tokens)}
+        body = self._head(self.chunk_kind) | {"choices": [], "usage": usage(generations)}
         return b"data: " + encode(body) + b"\n\n"
 
-    def answer(self, choices: Iterable[Choice], num_prompt_tokens: int, num_tokens: int) -> bytes:
+    def answer(self, choices: Iterable[Choice], generations: Sequence[Generation]) -> bytes:
         """The whole answer."""
         made = []
         for index, choice in enumerate(choices):
@@ -105,7 +108,7 @@ class AnswerFormat(ABC):
             made.append(self._whole_choice(index, choice.text, logprobs, choice.finish_reason))
             if self._has_token_ids:
                 made[-1]["token_ids"] = choice.token_ids
-        body = self._head(self.kind) | {"choices": made, "usage": usage(num_prompt_tokens, num_tokens)}
+        body = self._head(self.kind) | {"choices": made, "usage": usage(generations)}
         return encode(self._with_prompts(body))
 
     def _head(self, kind: str) -> dict[str, Any]:

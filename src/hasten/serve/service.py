@@ -221,6 +221,7 @@ class Generation:
 
     Attributes:
         first_token_s: from arrival to the first token; None before it.
+        num_cached_tokens: of the prompt, which the engine's prefix cache had; None before the first token.
         finish_reason: how the continuation that ended last ended; None before.
     """
 
@@ -228,6 +229,7 @@ class Generation:
         self.request_id = request.request_id
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.first_token_s: float | None = None
+        self.num_cached_tokens: int | None = None
         self.finish_reason: str | None = None
         self._service = service
         self._metrics = service.metrics
@@ -304,6 +306,7 @@ class Generation:
             self._metrics.inter_token_latency_s.observe(event.time_s - text.last_token_s)
         elif self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self._arrival_s
+            self.num_cached_tokens = event.num_cached_tokens
             self._metrics.time_to_first_token_s.observe(self.first_token_s)
             if event.started_s is not None:
                 self._metrics.queue_time_s.observe(event.started_s - self._arrival_s)

@@ -273,7 +273,8 @@ def test_prefix_cache_computes_only_what_is_new(make_engine: Callable[..., Engin
     for enable_prefix_cache, num_computed in ((True, 41 + 1 + 2), (False, 2 * 42)):
         engine = make_engine(enable_prefix_cache=enable_prefix_cache)
         run(engine, [request("r0", 41, 2)])
-        run(engine, [request("r7", 41, 2)])  # the same prompt
+        [(first, second)] = run(engine, [request("r7", 41, 2)]).values()  # the same prompt
+        assert (first.num_cached_tokens, second.num_cached_tokens) == (40 if enable_prefix_cache else 0, None)
         assert engine._runner._model.num_computed_tokens == num_computed  # type: ignore[attr-defined]
         assert engine.scheduler.num_prefix_hit_tokens == (40 if enable_prefix_cache else 0)
 

@@ -95,7 +95,8 @@ class FakeEngineClient:
             reason = "stop"
         wanted = request.sampling.logprobs
         if wanted is None:
-            return TokenEvent(request.request_id, token_id, now_s, index, reason)
+            num_cached_tokens = None if position else len(request.prompt_token_ids) - 1
+            return TokenEvent(request.request_id, token_id, now_s, index, reason, num_cached_tokens=num_cached_tokens)
         top = tuple((other, -1.0 - other) for other in range(4, 4 + wanted))
         return TokenEvent(request.request_id, token_id, now_s, index, reason, -0.5, top)
 

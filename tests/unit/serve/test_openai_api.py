@@ -44,7 +44,12 @@ def test_a_completion_has_text_and_usage() -> None:
     assert answer["object"] == "text_completion"
     assert answer["id"].startswith("cmpl-")
     assert answer["choices"] == [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "length"}]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 24, "total_tokens": 27}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 24,
+        "total_tokens": 27,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
 
 
 def test_a_completion_has_16_tokens_unless_told_otherwise() -> None:
@@ -106,7 +111,12 @@ def test_a_list_of_prompts_gives_n_choices_each_in_their_order() -> None:
     answer = post("/v1/completions", body, client).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert sorted(request.prompt_token_ids for request in client.requests) == [(5,), (6, 7)]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 16,
+        "total_tokens": 19,
+        "prompt_tokens_details": {"cached_tokens": 1},  # of each prompt once, whatever n is
+    }
     streamed = events_of(post("/v1/completions", body | {"stream": True}))
     assert {event["choices"][0]["index"] for event in streamed} == {0, 1, 2, 3}
 
