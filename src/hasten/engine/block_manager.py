@@ -11,7 +11,8 @@ that is still being written belongs to one sequence, so nothing is ever copied.
 
 A sequence gets consecutive blocks where that is possible, because its keys and values are
 then one slice of the cache: when it starts, a run of free blocks as long as it may become is
-set aside for it. Others take from that run only when nothing else is free.
+set aside for it. Others take from that run only when nothing else is free. A sequence that shares a
+known prefix goes on right behind it only where no other known prefix is lost by that.
 
 Not here: the memory itself (`kernels.kv_cache`), and what to do without a free block
 (`scheduler` preempts). After Kwon et al., arXiv 2309.06180, sections 4.2 to 4.4.
@@ -190,19 +191,19 @@ class BlockManager:
             self._free.move_to_end(block, last=False)
 
     def _reserve(self, table: BlockTable, length: int) -> None:
-        """Sets free blocks aside that continue the table, or for an empty one the run that costs least."""
-        if not table.block_ids:
+        """Sets free blocks aside: those that continue the table if they hold nothing known, else the cheapest run."""
+        start = table.block_ids[-1] + 1 if table.block_ids else None
+        if start is None or not all(self._is_blank(block) for block in range(start, start + length)):
             start = self._cheapest_run(length)
-        else:
-            start = table.block_ids[-1] + 1
-            if not all(block in self._free for block in range(start, start + length)):
-                start = None
         if start is None:
             return
         table.next_reserved, table.reserved_end = start, start + length
         for block in range(start, start + length):
             del self._free[block]
             self._reserved[block] = None
+
+    def _is_blank(self, block: int) -> bool:
+        return block in self._free and block not in self._contents
 
     def _cheapest_run(self, length: int) -> int | None:
         """Start of the free run whose contents were last used longest ago; None if no run is that long."""

@@ -178,6 +178,27 @@ def test_unknown_blocks_are_taken_before_known_ones() -> None:
     assert all(manager.find(content) is not None for content in contents_of([0, 0, 1, 1]))
 
 
+def test_what_continues_a_shared_prefix_evicts_no_other_while_there_is_room() -> None:
+    """A regression test: three prompts in turns had each other's first block, and were never found again."""
+    manager = BlockManager(32, BLOCK_SIZE)
+    streams = [[kind] * 7 for kind in range(3)]  # three full blocks, and one that is not
+    for _ in range(3):
+        for stream in streams:
+            table = BlockTable()
+            for content in contents_of(stream):
+                if (block := manager.find(content)) is None:
+                    break
+                manager.share(table, block)
+            num_shared = len(table.block_ids)
+            manager.grow(table, len(stream), len(stream) + 2)
+            for block, content in zip(table.block_ids, contents_of(stream), strict=False):
+                manager.record(block, content)
+            manager.release(table)
+            manager.check_integrity(())
+        assert all(manager.find(content) is not None for stream in streams for content in contents_of(stream))
+    assert num_shared == 3
+
+
 def test_hash_collision_is_a_miss() -> None:
     manager = BlockManager(4, BLOCK_SIZE)
     fill(manager, [0, 0])
