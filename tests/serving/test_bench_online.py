@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_every_api_gives_the_tokens_that_were_asked_for(
     assert [len(request.token_times_s) for request in result.runs[0].requests] == [6] * 6
     assert errors_of(result) == {None: 6}
     assert ("token_count" in result.missing) is not is_counted
+
+
+def test_prompts_that_a_server_knows_already_are_told(server: ServeProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench", "online", server.url, "--concurrency", "1", "--requests", "2", "--runs", "1", "--warmup", "0"]
+    for seed, known in (("97", ""), ("97", r"had [78]\d(\.\d)? % of the prompts' tokens"), ("98", "")):
+        assert run([*asked, "--prompt-tokens", "64", "--new-tokens", "2", "--seed", seed]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(known, printed) if known else "prefix cache" not in printed, printed
 
 
 def test_times_are_those_of_the_server() -> None:

@@ -21,6 +21,7 @@ TOKEN_IDS = "return_token_ids"
 OPENAI_OPTIONAL = (TOKEN_IDS, IGNORE_EOS, USAGE)
 COUNTS = ("return_num_input_tokens", "return_num_output_tokens")
 DONE = b"[DONE]"
+PromptCount = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 MAX_COUNT = 1 << 20  # a time is kept for each token that a server counts, so a wrong count must not be believed
 
 
@@ -48,6 +49,7 @@ class Answer:
 
     Args:
         num_tokens, num_prompt_tokens: as the server counted them, None where it does not say.
+        num_cached_tokens: of the prompt, which the server had in its prefix cache; likewise.
         finish_reason: "length" or "stop" of an answer that ended as it should.
         error: one sentence; None for an answer that is whole.
     """
@@ -57,6 +59,7 @@ class Answer:
     num_prompt_tokens: int | None
     finish_reason: str | None
     error: str | None
+    num_cached_tokens: int | None = None
 
 
 class Endpoint(Protocol):
@@ -84,9 +87,14 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: PromptCount | None = None
+
+
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
+    prompt_tokens: PromptCount | None = None
     completion_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)] | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _OpenAIChunk(msgspec.Struct):
@@ -157,7 +165,9 @@ class OpenAIEndpoint:
                 finish_reason = choice.finish_reason or finish_reason
         if error is None and not is_done:
             error = "the stream ended without [DONE]"
-        return Answer(tuple(chunks), usage.completion_tokens, usage.prompt_tokens, finish_reason, error)
+        details = usage.prompt_tokens_details or _PromptDetails()
+        counts = (usage.completion_tokens, usage.prompt_tokens)
+        return Answer(tuple(chunks), *counts, finish_reason, error, details.cached_tokens)
 
 
 @dataclass(frozen=True)

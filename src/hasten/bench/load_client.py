@@ -266,6 +266,7 @@ def make_record(endpoint: Endpoint, request: OnlineRequest, exchange: Exchange) 
         token_times_s=times,
         finish_reason="error" if error is not None else answer.finish_reason or "length",
         error=error,
+        num_cached_tokens=answer.num_cached_tokens,
     )
 
 

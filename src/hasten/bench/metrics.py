@@ -147,6 +147,13 @@ def has_failed(request: RequestRecord) -> bool:
     return request.error is not None or request.finish_reason not in FINISHED or not request.token_times_s
 
 
+def cached_share(result: BenchResult) -> float:
+    """Share of the prompts' tokens that a server had in its prefix cache, as far as it tells."""
+    requests = [request for run in result.runs for request in run.requests]
+    num_tokens = sum(request.num_prompt_tokens for request in requests)
+    return sum(request.num_cached_tokens or 0 for request in requests) / max(1, num_tokens)
+
+
 def is_usable(run: BenchRun) -> bool:
     """Whether every request of the run finished, and its times run forward."""
     if (

@@ -161,6 +161,7 @@ class RequestRecord:
     Args:
         submitted_s: when it was handed to the runtime.
         token_times_s: when each output token was known; same clock as submitted_s.
+        num_cached_tokens: of the prompt, which a server had in its prefix cache; None where it is not told.
     """
 
     request_id: str
@@ -169,6 +170,7 @@ class RequestRecord:
     token_times_s: tuple[NotNegative, ...]
     finish_reason: str
     error: str | None = None
+    num_cached_tokens: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ TIMES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_latency
 
 def print_load(measured: "BenchResult") -> None:
     """One online result: a row for each concurrency, or one for the open loop."""
-    from hasten.bench.metrics import errors_by_kind
+    from hasten.bench.metrics import cached_share, errors_by_kind
     from hasten.report.columns import load_columns
     from hasten.report.compare import comparison_rows
     from hasten.report.units import significant
@@ -51,6 +51,12 @@ def print_load(measured: "BenchResult") -> None:
     for what, reason in measured.missing.items():
         if what not in ("quality", "footprint", "model"):
             terminal.result(f"{what}: {reason}")
+    cached = cached_share(measured)
+    if cached > 0:
+        terminal.result(
+            f"prefix cache: the server had {significant(cached * 100)} % of the prompts' tokens; the same --seed sends "
+            "the same prompts again"
+        )
     client = max((run.client_share or 0.0 for run in measured.runs), default=0.0)
     if client > BUSY_CLIENT:
         terminal.note(

@@ -150,9 +150,22 @@ def test_a_count_that_cannot_be_is_not_believed(count: object) -> None:
     assert made[3] == error
 
 
+@pytest.mark.parametrize(
+    ("details", "expected"), [({}, None), (None, None), ({"cached_tokens": 5, "audio_tokens": 0}, 5)]
+)
+def test_a_server_may_tell_what_its_prefix_cache_had(details: object, expected: int | None) -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": details}}
+    body = stream(chunk("a b"), chunk("c", finish_reason="length"), usage)
+    made = make_record(OpenAIEndpoint("m"), REQUEST, Exchange(1.0, [2.0], [body], 2.0, status=200))
+    assert (made.error, made.num_cached_tokens) == (None, expected)
+
+
 @pytest.mark.parametrize("count", [-1, 1 << 40])
-def test_a_usage_that_cannot_be_is_no_answer(count: int) -> None:
-    usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": count}}
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "cached_tokens"])
+def test_a_usage_that_cannot_be_is_no_answer(name: str, count: int) -> None:
+    is_detail = name == "cached_tokens"
+    wrong = {"prompt_tokens_details": {name: count}} if is_detail else {name: count}
+    usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 1} | wrong}
     error = "the server sent an event that is not a chunk of OpenAI's API"
     assert record_of(stream(chunk("a"), usage)) == (1, 2, "error", error)
 
