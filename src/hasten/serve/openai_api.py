@@ -107,11 +107,10 @@ async def _events(
     record: HttpRequest,
 ) -> AsyncIterator[bytes]:
     """The events of a stream; those of pieces that came together are one chunk."""
-    chunk = form.chunk
-    yield b"".join([chunk(piece) for piece in first])
+    yield form.events(first, generations)
     try:
         async for some in rest:
-            yield chunk(some[0]) if len(some) == 1 else b"".join([chunk(piece) for piece in some])
+            yield form.events(some, generations)
     except HastenError as error:
         described = describe(error)
         record.error = described.code

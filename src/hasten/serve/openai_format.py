@@ -18,6 +18,7 @@ from hasten.serve.pieces import Piece, TokenLogprob
 from hasten.serve.service import Generation, Service
 
 encode = msgspec.json.encode
+NO_USAGE = b',"usage":null}\n\n'  # no text has these bytes, since JSON escapes line breaks
 
 
 def usage(generations: Sequence[Generation]) -> dict[str, Any]:
@@ -57,7 +58,8 @@ class AnswerFormat(ABC):
 
     Args:
         request_id: the HTTP request's.
-        body: says whether chunks have a "usage", null but in the last one, and whether there are token ids.
+        body: says whether chunks have a "usage", null but in the last one or that so far, and whether there are
+            token ids.
         prompts: their token ids.
     """
 
@@ -73,13 +75,21 @@ class AnswerFormat(ABC):
         self._created = int(time.time())
         self._tokenizer = service.tokenizer
         self._include_usage = body.include_usage
+        self._has_usage_so_far = body.stream_options is not None and body.stream_options.continuous_usage_stats
         self._has_token_ids = body.return_token_ids
         self._n = body.n
         self._prompts = prompts
         self._plain: dict[int, list[bytes]] = {}  # of each choice, what is around a chunk's text and token ids
         head = encode(self._head(self.chunk_kind))[:-1]
         self._before_choice = b"data: " + head + b',"choices":['
-        self._after_choices = b',"usage":null}\n\n' if body.include_usage else b"}\n\n"
+        self._after_choices = NO_USAGE if body.include_usage else b"}\n\n"
+
+    def events(self, pieces: Sequence[Piece], generations: Sequence[Generation]) -> bytes:
+        """Those of pieces that came together."""
+        events = self.chunk(pieces[0]) if len(pieces) == 1 else b"".join(map(self.chunk, pieces))
+        if self._has_usage_so_far:
+            return events.replace(NO_USAGE, b',"usage":' + encode(usage(generations)) + b"}\n\n")
+        return events
 
     def chunk(self, piece: Piece) -> bytes:
         """The event, or events, of a piece, whose index is the choice's."""

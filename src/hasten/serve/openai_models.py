@@ -65,7 +65,14 @@ class OpenAIModel(BaseModel):
 
 
 class StreamOptions(OpenAIModel):
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="an event with the usage, before the last")
+    continuous_usage_stats: bool = Field(False, description="and in every chunk that of the request so far")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "StreamOptions":
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage")
+        return self
 
 
 class JsonSchemaFormat(OpenAIModel):

@@ -105,6 +105,16 @@ def test_the_first_chunk_of_a_chat_says_the_role_and_the_last_has_the_usage() ->
     assert len({event["id"] for event in events}) == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_chunk_has_the_usage_so_far_if_asked_for(path: str) -> None:
+    body = (CHAT if "chat" in path else {"prompt": "x"}) | {"max_tokens": 6, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [event["usage"] for event in events_of(post(path, body | {"stream_options": options}))]
+    generated = [each["completion_tokens"] for each in counts]
+    assert generated == sorted(generated) and generated[0] == 1 and generated[-1] == 6
+    assert {each["total_tokens"] - each["completion_tokens"] for each in counts} == {counts[-1]["prompt_tokens"]}
+
+
 def test_a_list_of_prompts_gives_n_choices_each_in_their_order() -> None:
     client = FakeEngineClient()
     body = {"prompt": [[5], [6, 7]], "n": 2, "max_tokens": 4}
@@ -284,6 +294,7 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
         ({"prompt": "x", "stream_options": {"x": 1}}, 400, "stream_options"),
+        ({"prompt": "x", "stream_options": {"continuous_usage_stats": True}}, 400, "stream_options"),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "response_format"),
         ({"prompt": "x", "structured_outputs": {}}, 400, "structured_outputs"),
         ({"prompt": "x", "structured_outputs": {"regex": ""}}, 400, None),
