@@ -54,8 +54,8 @@ def print_load(measured: "BenchResult") -> None:
     cached = cached_share(measured)
     if cached > 0:
         terminal.result(
-            f"prefix cache: the server had {significant(cached * 100)} % of the prompts' tokens; the same --seed sends "
-            "the same prompts again"
+            f"prefix cache: the server had {significant(cached * 100)} % of the prompts' tokens: what prompts share, "
+            "such as a chat's template, or those of an earlier run with the same --seed"
         )
     client = max((run.client_share or 0.0 for run in measured.runs), default=0.0)
     if client > BUSY_CLIENT:
