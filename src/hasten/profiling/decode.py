@@ -2,8 +2,8 @@
 
 The step's wall time is measured without a profiler. Operators are traced with few and with many
 tokens and the difference is taken, so that the prefill cancels; no metric is ever derived in
-this way. Of both, the quickest of several counts: a profile is about shares, and whatever else
-the machine did only adds to them.
+this way. Of each, the quickest of several counts: a profile is about shares, and whatever else
+the machine did only adds to a time.
 
 A profiler makes each operator slower by its own cost. Where the traced operators alone take
 longer than the step, they are scaled down to it; what lies between them is then too small to be
@@ -18,6 +18,7 @@ from hasten.errors import RuntimeFailedError
 from hasten.profiling.operators import LINEAR, OUTSIDE, group_times
 from hasten.profiling.roofline import achieved_bytes_per_s, max_tokens_per_s
 from hasten.request import Request, SamplingParams, TokenEvent
+from hasten.runtimes.base import OperatorSample
 from hasten.runtimes.process import RuntimeProcess
 
 SHORT_TOKENS = 2
@@ -49,17 +50,21 @@ def profile_decode(
     if not process.trace([short]):
         return None
     step_s = min(measure_step_s(process, long) for _ in range(NUM_TIMED))
-    traces = [group_times(process.trace([short]), process.trace([traced]), num_steps) for _ in range(NUM_TRACES)]
-    operators = min(traces, key=lambda trace: sum(each.time_s for each in trace))
+    operators = group_times(_quickest_trace(process, short), _quickest_trace(process, traced), num_steps)
     scaled = scale_to_step(operators, step_s)
     sentence = describe_bottleneck(scaled, step_s, process.weight_bytes_per_token, bandwidth_bytes_per_s)
     return ProfileResult(step_s, scaled, sentence)
 
 
+def _quickest_trace(process: RuntimeProcess, request: Request) -> tuple[OperatorSample, ...]:
+    traces = [process.trace([request]) for _ in range(NUM_TRACES)]
+    return min(traces, key=lambda samples: sum(each.time_s for each in samples))
+
+
 def scale_to_step(operators: Sequence[OperatorTime], step_s: float) -> tuple[OperatorTime, ...]:
-    """Operators and what is outside them, adding up to step_s, largest first."""
+    """Operators, if any were long enough to be seen, and what is outside them: up to step_s, largest first."""
     traced_s = sum(each.time_s for each in operators)
-    scale = min(1.0, step_s / traced_s)
+    scale = step_s / max(step_s, traced_s)
     scaled = [replace(each, time_s=each.time_s * scale) for each in operators]
     outside = OperatorTime(OUTSIDE, max(0.0, step_s - traced_s), 0.0)
     return tuple(sorted([*scaled, outside], key=lambda each: each.time_s, reverse=True))

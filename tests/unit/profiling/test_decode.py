@@ -60,6 +60,27 @@ def test_operators_that_the_profiler_slowed_are_scaled_to_the_step() -> None:
     assert result.operators[-1].time_s == 0
 
 
+def test_a_trace_that_something_else_delayed_does_not_count() -> None:
+    class Disturbed(Machine):
+        num_traces = 0
+
+        def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
+            self.num_traces += 1
+            delay_s = 5.0 if self.num_traces in (2, 5) else 0.0  # one of the short traces and one of the long
+            return (*super().trace(requests), OperatorSample("aten::mm", delay_s, 0))
+
+    assert [each.time_s for each in profile(Disturbed()).operators] == pytest.approx([0.008, 0.0015, 0.0005])
+
+
+def test_operators_too_short_to_be_seen_are_outside() -> None:
+    class Quick(Machine):
+        def trace(self, requests: Sequence[Request]) -> tuple[OperatorSample, ...]:
+            return (OperatorSample("aten::mm", 1 / requests[0].sampling.max_tokens, 1),)  # the longer, the less
+
+    result = profile(Quick())
+    assert [(each.group, each.time_s) for each in result.operators] == [("outside operators", pytest.approx(0.01))]
+
+
 def test_a_runtime_without_a_profiler_has_no_profile() -> None:
     assert profile(Machine(traces=False)) is None
 
