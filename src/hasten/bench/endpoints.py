@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from hasten.bench.arrivals import MAX_LENGTH
 from hasten.bench.sse import timed_events
 from hasten.bench.token_times import Chunk
 
@@ -21,7 +22,7 @@ TOKEN_IDS = "return_token_ids"
 OPENAI_OPTIONAL = (TOKEN_IDS, IGNORE_EOS, USAGE)
 COUNTS = ("return_num_input_tokens", "return_num_output_tokens")
 DONE = b"[DONE]"
-PromptCount = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+PromptCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_LENGTH)]
 MAX_COUNT = 1 << 20  # a time is kept for each token that a server counts, so a wrong count must not be believed
 
 
@@ -222,10 +223,8 @@ def kserve_answer(events: Iterable[tuple[float, KServeChunk]]) -> Answer:
                 error = f"the server reported: {error_text(event.error)}"
                 break
             text = event.text_output if isinstance(event.text_output, str) else "".join(event.text_output or ())
-            num_tokens = _first(event.num_output_tokens)
-            num_prompt_tokens = _first(event.num_input_tokens) or num_prompt_tokens
-            if num_tokens is not None and not 0 <= num_tokens <= MAX_COUNT:
-                raise NotAnAnswerError(f"the server sent {num_tokens} as the number of tokens of one response")
+            num_tokens = _count(event.num_output_tokens, MAX_COUNT, "one response")
+            num_prompt_tokens = _count(event.num_input_tokens, MAX_LENGTH, "a prompt") or num_prompt_tokens
             if text or num_tokens:
                 chunks.append(Chunk(time_s, len(text), num_tokens))
     except NotAnAnswerError as reason:
@@ -244,9 +243,12 @@ def _kserve_events(times_s: Sequence[float], parts: Sequence[bytes]) -> Iterator
         yield time_s, event
 
 
-def _first(value: int | list[int] | None) -> int | None:
-    """Of a tensor of one element, which Triton writes with or without brackets."""
-    return next(iter(value), None) if isinstance(value, list) else value
+def _count(value: int | list[int] | None, most: int, what: str) -> int | None:
+    """Of a tensor of one element, which Triton writes with or without brackets. Raises NotAnAnswerError."""
+    count = next(iter(value), None) if isinstance(value, list) else value
+    if count is not None and not 0 <= count <= most:
+        raise NotAnAnswerError(f"the server sent {count} as the number of tokens of {what}")
+    return count
 
 
 def error_text(error: Any) -> str:

@@ -170,6 +170,13 @@ def test_a_usage_that_cannot_be_is_no_answer(name: str, count: int) -> None:
     assert record_of(stream(chunk("a"), usage)) == (1, 2, "error", error)
 
 
+@pytest.mark.parametrize("count", [-1, 1 << 40])
+def test_a_prompts_count_that_cannot_be_is_not_believed(count: int) -> None:
+    """A regression test: a negative one was written, and the result could not be read again."""
+    made = record_of(stream({"text_output": "a", "num_input_tokens": [count]}, done=False), KServeEndpoint("m"))
+    assert made == (0, 2, "error", f"the server sent {count} as the number of tokens of a prompt")
+
+
 def test_bodies_ask_for_exactly_the_tokens() -> None:
     completion = json.loads(OpenAIEndpoint("m").body(REQUEST))
     assert completion["max_tokens"] == 3 and completion["ignore_eos"] and completion["stream"]
