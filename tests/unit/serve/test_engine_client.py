@@ -344,11 +344,16 @@ def test_a_client_that_does_not_read_bounds_the_engine_s_memory_and_loses_nothin
 def test_the_way_to_a_stream_s_consumer_costs_little(scripted: Callable[..., EngineClient]) -> None:
     async def test() -> None:
         async with started(scripted("null")) as client:
-            start_s = time.process_time()
-            counts = await asyncio.gather(*(count(client, request(str(i), max_tokens=1000)) for i in range(256)))
-            assert counts == [1000] * 256
-            # CPU time of this process, socket and wake-ups included: 200,000 tokens/s would fill a core
-            assert (time.process_time() - start_s) / 256_000 < 5e-6
+            costs_s = [await cost_of_a_token(client, turn) for turn in range(5)]
+            # 200,000 tokens/s would fill a core; the quickest counts, since what else the machine does only adds
+            assert min(costs_s) < 5e-6, costs_s
+
+    async def cost_of_a_token(client: EngineClient, turn: int) -> float:
+        """CPU time of this process, socket and wake-ups included."""
+        start_s = time.process_time()
+        requests = [request(f"{turn}-{i}", max_tokens=400) for i in range(256)]
+        assert await asyncio.gather(*(count(client, each) for each in requests)) == [400] * 256
+        return (time.process_time() - start_s) / (400 * 256)
 
     async def count(client: EngineClient, each: Request) -> int:
         return sum([len(events) async for events in client.stream(each)])
