@@ -125,7 +125,7 @@ def kserve_router(models: KServeModels) -> APIRouter:
         asked = binary_outputs(model, message)
         inference = model.read(tensors, message.parameters)
         outputs = await run(model, inference, http_request(request.scope))
-        return infer_response(model, message.id, outputs, asked)
+        return await infer_response(model, message.id, outputs, asked)
 
     async def generate(model: Model, request: Request) -> Response:
         """One request in plain JSON, one answer."""

@@ -19,6 +19,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from hasten.serve.app import HttpLimits, make_embedding_app
 from hasten.serve.kserve_embeddings import embedding_models
+from hasten.serve.kserve_format import json_numbers
 from hasten.serve.kserve_grpc import grpc_serving
 from hasten.serve.openai_models import MAX_INPUTS
 from hasten.serve.server import Listen
@@ -251,3 +252,19 @@ INPUTS = st.lists(
 def test_any_request_is_answered_or_refused(path: str, inputs: list[Any], parameters: dict[str, Any]) -> None:
     answer = post(path, {"inputs": inputs, "parameters": parameters})
     assert answer.status_code in (200, 400), answer.text
+
+
+def test_others_are_answered_while_many_vectors_are_written() -> None:
+    vectors = np.random.default_rng(0).standard_normal(300_001).astype(np.float32)
+
+    async def write() -> tuple[int, bytes]:
+        written = asyncio.create_task(json_numbers(vectors))
+        turns = 0
+        while not written.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return turns, bytes(await written)
+
+    turns, text = asyncio.run(write())
+    assert np.array_equal(np.array(json.loads(text), dtype=np.float32), vectors)
+    assert turns > 50
