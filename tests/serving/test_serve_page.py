@@ -29,6 +29,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+expect.set_options(timeout=60_000)  # ms: what does not come fails, however busy the machine is
 HOSTILE = "<img src=x onerror='hacked=1'><script>hacked=1</script>"
 
 
@@ -105,7 +106,7 @@ def send(tab: Page, prompt: str, kind: str = "Completion") -> None:
 
 
 def until_ended(tab: Page) -> None:
-    expect(tab.get_by_role("button", name="Send")).to_be_enabled(timeout=60_000)
+    expect(tab.get_by_role("button", name="Send")).to_be_enabled()
 
 
 def figures(server: ServeProcess) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def figures(server: ServeProcess) -> dict[str, Any]:
         return values
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    end_s = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end_s, "it took too long"
         time.sleep(0.05)
@@ -129,7 +130,7 @@ def test_an_answer_grows_and_stop_ends_it(visit: Visit, server: ServeProcess) ->
     answer = tab.locator(".answer")
     lengths: list[int] = []
     for _ in range(5):
-        wait_for(lambda: len(answer.inner_text()) > max(lengths, default=0), 30)
+        wait_for(lambda: len(answer.inner_text()) > max(lengths, default=0))
         lengths.append(len(answer.inner_text()))
     assert figures(server)["num_running"] == 1
     stop = tab.get_by_role("button", name="Stop")
@@ -154,7 +155,7 @@ def test_a_long_fast_answer_is_shown_as_it_comes(visit: Visit, server: ServeProc
     visit.tab.route("**/completions", lambda route: route.fulfill(body=body))
     tab = visit.open(server)
     send(tab, "x")
-    expect(tab.locator(".facts")).to_contain_text("8000 tokens", timeout=10_000)
+    expect(tab.locator(".facts")).to_contain_text("8000 tokens")
     until_ended(tab)
     assert tab.locator(".answer").evaluate("node => node.textContent") == "".join(words)
 
@@ -334,12 +335,12 @@ def test_an_engine_or_a_server_that_is_gone_is_said(visit: Visit) -> None:
         amend_requests(tab, ignore_eos=True)
         set_options(tab, max_tokens=1900)
         send(tab, "The model")
-        expect(tab.locator(".answer")).not_to_be_empty(timeout=30_000)
+        expect(tab.locator(".answer")).not_to_be_empty()
         [engine] = psutil.Process(server.process.pid).children()
         engine.kill()
         expect(tab.locator("article .error")).to_contain_text("the engine process ended")
         expect(status).to_contain_text("No requests now: ")
-        expect(status).to_have_text("Ready", timeout=60_000)
+        expect(status).to_have_text("Ready")
         assert not visit.complaints
     finally:
         server.close()

@@ -129,7 +129,7 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiles(com
     start_s = time.perf_counter()
     slow = compiler.compile(Grammar("json_schema", SLOW_SCHEMA))
     following = compiler.compile(Grammar("regex", "abba"))
-    assert time.perf_counter() - start_s < 0.5, "the caller waits"
+    assert time.perf_counter() - start_s < 1.5, "the caller waits"
     with pytest.raises(RequestError, match="more than 2 s or 128 MiB to compile: make it simpler"):
         slow.result()
     assert following.result()
