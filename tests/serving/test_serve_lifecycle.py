@@ -56,7 +56,7 @@ def num_tokens(text: str) -> int:
 
 
 def test_a_full_queue_says_when_to_come_again_and_sigterm_loses_nothing_that_was_accepted() -> None:
-    with serving("--max-num-seqs", "4", "--max-queue", "8") as server:
+    with serving("--max-num-seqs", "4", "--max-queue", "8", "--drain-timeout-s", "240") as server:
         body = LONG | {"max_tokens": 200, "stream_options": {"include_usage": True}}
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(stream, server.url, body) for _ in range(12)]
@@ -213,9 +213,11 @@ def test_probes_answer_while_the_model_loads_and_what_does_not_end_in_time_is_cu
             assert server.wait() == 0
             for answer in answers:
                 assert '"code":"engine_unavailable"' in answer.result()[1]
+                assert "the server shut down before this request was done" in answer.result()[1]
             for answer in waiting:
                 status, text = answer.result()
                 assert (status, json.loads(text)["error"]["code"]) == (503, "engine_unavailable")
+        assert any("8 sequences had not ended after 0.05 s" in line for line in server.lines)
     finally:
         server.close()
 

@@ -101,5 +101,5 @@ class Embedding:
         if event.error is None:
             return event
         if not client.is_ready:
-            raise EngineUnavailableError("the engine process ended while it ran this request: try again")
+            raise self._service.engine_is_gone()
         raise RuntimeFailedError(event.error)

@@ -135,6 +135,11 @@ def _signals(service: Service, server: Server, drain_timeout_s: float) -> Iterat
         try:
             await asyncio.wait_for(service.idle.wait(), drain_timeout_s)
         except TimeoutError:
+            logger.warning(
+                "%d sequences had not ended after %g s and are cut off: --drain-timeout-s gives them longer",
+                service.num_sequences,
+                drain_timeout_s,
+            )
             await service.client.close()  # what runs or waits is answered with an error
         server.should_exit = True
 

@@ -76,6 +76,7 @@ class Service:
         model_name: the name that clients use.
         start_time_s: seconds since the epoch.
         idle: set while no request runs or waits.
+        num_sequences: continuations and inputs of the requests that were taken and have not ended.
     """
 
     def __init__(
@@ -88,9 +89,9 @@ class Service:
         self.metrics = ServeMetrics(model_name, client)
         self.idle = asyncio.Event()
         self.idle.set()
+        self.num_sequences = 0
         self._limits = limits or ServiceLimits()
         self._is_draining = False
-        self._num_sequences = 0  # of all admitted requests that have not ended
         self._mean_request_s = 1.0
 
     @property
@@ -109,6 +110,12 @@ class Service:
         if not self.client.is_ready:
             reason = self.client.failure or "the model is being loaded: try again when /ready says 200"
             raise EngineUnavailableError(str(reason))
+
+    def engine_is_gone(self) -> EngineUnavailableError:
+        """What a request is told that the engine cannot end any more."""
+        if self._is_draining:
+            return EngineUnavailableError("the server shut down before this request was done: try again")
+        return EngineUnavailableError("the engine process ended while it ran this request: try again")
 
     @property
     def max_model_tokens(self) -> int:
@@ -194,21 +201,20 @@ class Service:
         """Gives a request its places, which `release` gives back. Raises RequestError and QueueFullError."""
         self.check_places(num_sequences)
         places = self._num_places
-        if self._num_sequences + num_sequences > places:
+        if self.num_sequences + num_sequences > places:
             retry_after_s = min(max(1, math.ceil(self._mean_request_s)), MAX_RETRY_AFTER_S)
             raise QueueFullError(
-                f"{self._num_sequences} sequences run or wait, and at most {places} may: try again in "
-                f"{retry_after_s} s",
+                f"{self.num_sequences} sequences run or wait, and at most {places} may: try again in {retry_after_s} s",
                 retry_after_s,
             )
-        self._num_sequences += num_sequences
+        self.num_sequences += num_sequences
         self.idle.clear()
 
     def release(self, num_sequences: int, request_s: float) -> None:
         """A request says that it has ended, after this time."""
         self._mean_request_s += NEWEST_SHARE * (request_s - self._mean_request_s)
-        self._num_sequences -= num_sequences
-        if self._num_sequences == 0:
+        self.num_sequences -= num_sequences
+        if self.num_sequences == 0:
             self.idle.set()
 
 
@@ -298,7 +304,7 @@ class Generation:
         if event.finish_reason in ("error", "cancelled"):
             self.finish_reason = event.finish_reason
             if not self._service.client.is_ready:
-                raise EngineUnavailableError("the engine process ended while it ran this request: try again")
+                raise self._service.engine_is_gone()
             reason = event.error or "the engine ended this request"
             is_clients_fault = self._request.sampling.grammar is not None  # only the engine can tell whether it is good
             raise RequestError(reason) if is_clients_fault else RuntimeFailedError(reason)
