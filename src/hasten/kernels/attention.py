@@ -57,27 +57,30 @@ def plan_attention(
     context_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     *,
-    cache_shape: Sequence[int],
+    rows: torch.Tensor,
+    block_size: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> AttentionPlan:
     """Plans a step; the arguments are those of `models.batch.Batch`.
 
     Args:
-        cache_shape: of one layer's keys, (num_blocks, block_size, kv_heads, dim).
+        rows: one layer's keys by slot, [num_slots, kv_heads, dim]; all layers' lie in memory as they do.
         window: tokens that a query sees, itself included; None for all.
         dtype: of the queries.
     """
-    _, block_size, num_kv_heads, dim = cache_shape
-    row = num_kv_heads * dim
+    _, num_kv_heads, dim = rows.shape
+    slot_stride, head_stride, _ = rows.stride()
     sequences = []
     for index, context_len in enumerate(context_lens):
         num_queries = cu_seqlens_q[index + 1] - cu_seqlens_q[index]
         first_key = 0 if window is None else max(0, context_len - num_queries - window + 1)
         num_keys = context_len - first_key
         first_slot, slots = _slots(block_tables[index], first_key, context_len, block_size)
-        view = None if first_slot is None else ((num_kv_heads, 1, num_keys, dim), (dim, 0, row, 1), first_slot * row)
-        mask = None
+        view = mask = None
+        if first_slot is not None:
+            strides = (head_stride, 0, slot_stride, 1)
+            view = (num_kv_heads, 1, num_keys, dim), strides, first_slot * slot_stride
         is_plain_causal = num_keys == num_queries and (window is None or num_keys <= window)
         if num_queries > 1 and not is_plain_causal:
             mask = _mask(num_queries, num_keys, window, dtype)
@@ -150,7 +153,7 @@ def _read(key_rows: torch.Tensor, value_rows: torch.Tensor, plan: SequencePlan) 
     if plan.view is not None:
         return key_rows.as_strided(*plan.view), value_rows.as_strided(*plan.view)
     assert plan.slots is not None
-    k, v = (rows.index_select(0, plan.slots).transpose(0, 1).unsqueeze(1) for rows in (key_rows, value_rows))
+    k, v = (rows.transpose(0, 1).index_select(1, plan.slots).unsqueeze(1) for rows in (key_rows, value_rows))
     return k, v
 
 
@@ -219,7 +222,8 @@ class CpuAttention:
                 step.cu_seqlens_q,
                 step.context_lens,
                 step.block_tables,
-                cache_shape=kv_cache.keys[0].shape,
+                rows=kv_cache.key_rows[0],
+                block_size=kv_cache.block_size,
                 window=window,
                 dtype=self._dtype,
             )

@@ -42,7 +42,15 @@ class KVCache:
 def allocate_kv_cache(
     num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
 ) -> KVCache:
-    """A cache of uninitialized memory; a slot is read only after a step has written it."""
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
+    """A cache of uninitialized memory; a slot is read only after a step has written it.
+
+    A GPU's lies in memory as its shape says, a slot's heads together; on a CPU a head's slots are together, because
+    there a core reads one head after the other, and neighbours are fetched ahead.
+    """
+    if device == "cpu":
+        shape = (num_kv_heads, num_blocks, block_size, head_dim)
+        tensors = [torch.empty(shape, dtype=dtype).permute(1, 2, 0, 3) for _ in range(2 * num_layers)]
+    else:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
     return KVCache(tuple(tensors[:num_layers]), tuple(tensors[num_layers:]))

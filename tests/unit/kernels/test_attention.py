@@ -45,7 +45,7 @@ def test_equals_reference(
         expected.append(attention_reference(queries[-1], k, v, DIM**-0.5, window).flatten(1))
         starts.append(starts[-1] + num_queries)
     context_lens = [context_len for context_len, _ in chunks]
-    plan = plan_attention(starts, context_lens, tables, cache_shape=cache.keys[0].shape, window=window, dtype=dtype)
+    plan = plan_attention(starts, context_lens, tables, rows=keys, block_size=BLOCK_SIZE, window=window, dtype=dtype)
     q = torch.cat(queries).unflatten(1, (num_kv_heads, -1))
     actual = paged_attention(q, keys, values, plan, DIM**-0.5)
     torch.testing.assert_close(actual, torch.cat(expected), atol=tolerance, rtol=tolerance)

@@ -76,3 +76,4 @@ def test_cache_rows_are_the_cache_by_slot() -> None:
     assert torch.equal(cache.keys[0][2, 1], k[0])
     assert torch.equal(cache.keys[0][0, 2], k[1])
     assert int(cache.keys[0].flatten(0, 1).any(dim=(1, 2)).sum()) == 2
+    assert cache.key_rows[0].transpose(0, 1).is_contiguous(), "a head's slots are together, which reads fastest"
