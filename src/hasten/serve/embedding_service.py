@@ -101,5 +101,5 @@ class Embedding:
         if event.error is None:
             return event
         if not client.is_ready:
-            raise self._service.engine_is_gone()
+            raise self._service.lost_engine_error()
         raise RuntimeFailedError(event.error)

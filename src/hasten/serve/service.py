@@ -111,7 +111,7 @@ class Service:
             reason = self.client.failure or "the model is being loaded: try again when /ready says 200"
             raise EngineUnavailableError(str(reason))
 
-    def engine_is_gone(self) -> EngineUnavailableError:
+    def lost_engine_error(self) -> EngineUnavailableError:
         """What a request is told that the engine cannot end any more."""
         if self._is_draining:
             return EngineUnavailableError("the server shut down before this request was done: try again")
@@ -304,7 +304,7 @@ class Generation:
         if event.finish_reason in ("error", "cancelled"):
             self.finish_reason = event.finish_reason
             if not self._service.client.is_ready:
-                raise self._service.engine_is_gone()
+                raise self._service.lost_engine_error()
             reason = event.error or "the engine ended this request"
             is_clients_fault = self._request.sampling.grammar is not None  # only the engine can tell whether it is good
             raise RequestError(reason) if is_clients_fault else RuntimeFailedError(reason)
