@@ -20,7 +20,7 @@ from hasten.kernels.cuda import nvrtc
 from hasten.kernels.cuda import stream_linear as module
 from hasten.kernels.cuda.product_tuning import product_candidates, stream_configs, time_in_turns
 from hasten.kernels.cuda.stream_linear import StreamConfig, stream_linear
-from hasten.kernels.product_shape import ProductShape
+from hasten.kernels.product_shape import TUNED_BUCKETS, ProductShape
 
 BANDWIDTH = 4.27e12
 """Bytes a second that one H200 was measured to read."""
@@ -170,7 +170,7 @@ def sweep(step: Step, rows: int) -> list[str]:
 
 
 def built(step: Step, rows: int) -> Configs:
-    """The configuration of each matrix that `hasten build` chooses. rows: one of ROW_BUCKETS."""
+    """The configuration of each matrix that `hasten build` chooses. rows: one of TUNED_BUCKETS."""
     tuner = Tuner(time_in_turns)
     dtype = str(step.dtype).removeprefix("torch.")
     for name, weight in step.matrices.items():
@@ -212,7 +212,7 @@ def main() -> None:
                 ms, alone_ms = step.time(rows, {}), without_overlap(step, rows)
                 line = f"| {model} | {scheme} | {rows} | {limit_ms:.2f} | {alone_ms:.3f} | {ms:.3f} |"
                 line += f" {limit_ms / ms:.0%} |"
-                if arguments.build:
+                if arguments.build and rows in TUNED_BUCKETS:
                     line += f" built: {step.time(rows, built(step, rows)):.3f} |"
                 if arguments.sweep:
                     line += "\n    ".join(sweep(step, rows)) + " |"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hasten.config import Scheme
-from hasten.kernels.product_shape import ROW_BUCKETS, ProductShape
+from hasten.kernels.product_shape import ROW_BUCKETS, TUNED_BUCKETS, ProductShape
 from hasten.models.config import DecoderConfig
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def product_shapes(config: DecoderConfig, scheme: Scheme, max_num_seqs: int) -> 
         dict.fromkeys(
             ProductShape(rows_out, rows_in, dtype, rows, is_gated)
             for rows_out, rows_in, is_gated in matrices
-            for rows in ROW_BUCKETS
+            for rows in TUNED_BUCKETS
             if rows <= last
         )
     )

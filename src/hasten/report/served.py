@@ -35,9 +35,8 @@ def served_finding(row: Row) -> str:
     found = f"{name} served over HTTP: {rate} output tokens/s at concurrency {speed.concurrency}"
     if ratio is None:
         return found
-    if ratio.is_tie:
-        return f"{found}, a tie with its speed without a server"
-    return f"{found}, {percent(ratio.value)} of its speed without a server"
+    share = f"{found}, {percent(ratio.value)} of its speed without a server"
+    return f"{share}, within the spread" if ratio.is_tie else share
 
 
 def served_method(row: Row) -> str:

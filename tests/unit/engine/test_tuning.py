@@ -81,11 +81,12 @@ def test_where_nothing_can_run_nothing_is_chosen() -> None:
 def test_shapes_of_a_decode_step() -> None:
     shapes = product_shapes(CONFIG, scheme_named("w8a16"), 3)
     assert {(each.rows_out, each.rows_in) for each in shapes} == {(128, 64), (64, 64), (192, 64), (64, 96), (512, 64)}
-    assert {each.rows for each in shapes} == {1, 2, 4}  # three sequences use the bucket of four
+    assert {each.rows for each in shapes} == {4}  # three sequences use the bucket of four, one and two a default
     assert {each.dtype for each in shapes} == {"int8"}
     assert {each.rows_out for each in shapes if each.is_gated} == {192}
-    assert {each.rows for each in product_shapes(CONFIG, scheme_named("bf16"), 256)} == {1, 2, 4, 8, 16}
-    assert product_shapes(CONFIG, scheme_named("fp8"), 1)[0].dtype == "float8_e4m3fn"
+    assert {each.rows for each in product_shapes(CONFIG, scheme_named("bf16"), 256)} == {4, 8, 16}
+    assert product_shapes(CONFIG, scheme_named("fp8"), 4)[0].dtype == "float8_e4m3fn"
+    assert product_shapes(CONFIG, scheme_named("fp8"), 2) == ()
     assert ProductShape(28672, 4096, "int8", 8, True).key == "stream_linear 28672x4096 int8 gated rows<=8"
 
 

@@ -41,11 +41,11 @@ def test_the_share_is_of_the_same_candidate_without_a_server() -> None:
     assert served_finding(row).endswith(" output tokens/s at concurrency 8, 90 % of its speed without a server")
 
 
-def test_a_share_within_the_spread_is_a_tie() -> None:
+def test_a_share_within_the_spread_says_so() -> None:
     row = served_row(synthetic_results.served(OFFLINE, 0.999))
     assert row is not None
     assert next(column for column in served_columns(1) if column.key == "of_offline").cell(row).detail == "tie"
-    assert served_finding(row).endswith(", a tie with its speed without a server")
+    assert served_finding(row).endswith(" of its speed without a server, within the spread")
 
 
 def test_nothing_served_is_nothing_reported(view: ReportView) -> None:

@@ -2,8 +2,8 @@
 
 A variant is timed as a chain of launches over several copies of the weights, in one CUDA graph:
 each launch then reads weights that are not in the cache, and may start while the one before it
-ends, as in a decode step. As there, launches with and without a norm take turns, on which it depends
-how much of the next kernel fits beside one.
+ends, as in a decode step. As there, launches with and without a norm take turns, and a norm finds the
+sums of squares that the product before it left.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from contextlib import contextmanager
 import torch
 
 from hasten.errors import ResourceError
+from hasten.kernels.cuda.hidden_rows import HiddenRows
 from hasten.kernels.cuda.stream_linear import SOURCE, WEIGHT_KINDS, StreamConfig, candidates, stream_linear, supports
-from hasten.kernels.product_shape import ROW_BUCKETS, ProductShape
+from hasten.kernels.product_shape import TUNED_BUCKETS, ProductShape
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def stream_configs(tuning: Mapping[str, str], weight: torch.Tensor, is_gated: bo
     rows_out, rows_in = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
     found = {}
-    for rows in ROW_BUCKETS:
+    for rows in TUNED_BUCKETS:
         name = tuning.get(ProductShape(rows_out, rows_in, dtype, rows, is_gated).key)
         named = {config_name(config): config for config in candidates(weight, rows)} if name is not None else {}
         if name in named:
@@ -91,13 +92,16 @@ def product_candidates(shape: ProductShape) -> dict[str, Callable[[], None]]:
         return {}
     x = torch.randn(rows, rows_in, device="cuda").to(x_dtype)
     norm_weight = torch.ones(rows_in, dtype=x_dtype, device="cuda")
+    num_parts = torch.cuda.get_device_properties().multi_processor_count
+    squares = torch.full((rows, num_parts), rows_in / num_parts, device="cuda")
+    hidden = HiddenRows.of(x, squares=squares)
     out = torch.empty(rows, rows_out // (2 if is_gated else 1), dtype=x_dtype, device="cuda")
 
     def chain(config: StreamConfig) -> Callable[[], None]:
         def run() -> None:
             for launch in range(max(2, num_copies)):
                 stream_linear(
-                    x,
+                    hidden if launch % 2 else x,
                     weights[launch % num_copies],
                     scale=scale,
                     norm_weight=norm_weight if launch % 2 else None,

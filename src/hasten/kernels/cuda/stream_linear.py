@@ -102,24 +102,28 @@ def default_config(weight: torch.Tensor, rows: int) -> StreamConfig:
     """The split that was fastest in measurements of whole decode steps.
 
     One-byte weights of one or two rows leave a kernel so little time that it must overlap the next.
-    Else a deeper ring is faster.
+    Else a deeper ring is faster, and two teams where weights are converted for many rows.
     """
     k, size = weight.shape[1], weight.element_size()
     fitting = _fitting(k, rows, size)
     if size == 1 and rows > 2:
-        return fitting[0]
+        return replace(fitting[0], teams=2)
     best = next((config for config in fitting if rows * k * 2 // config.cluster <= _most_x_bytes(config)), fitting[-1])
     return best if size == 2 else replace(best, teams=1 if weight.dtype == torch.int8 else 2, in_turns=True)
 
 
 def candidates(weight: torch.Tensor, rows: int) -> tuple[StreamConfig, ...]:
-    """The configurations worth timing for these weights; the default first."""
+    """The configurations worth timing for these weights; the default first.
+
+    Kernels take turns all or none: the time of one product does not show what that is worth to a step.
+    """
     k, size = weight.shape[1], weight.element_size()
-    found = [default_config(weight, rows)]
-    for base, teams, in_turns, in_flight_bytes in itertools.product(
-        _fitting(k, rows, size)[:2], (1, 2) if size == 1 else (1,), (False, True), (32 << 10, 48 << 10)
+    default = default_config(weight, rows)
+    found = [default]
+    for base, teams, in_flight_bytes in itertools.product(
+        _fitting(k, rows, size)[:2], (1, 2) if size == 1 else (1,), (32 << 10, 48 << 10)
     ):
-        config = replace(base, teams=teams, in_turns=in_turns, in_flight_bytes=in_flight_bytes)
+        config = replace(base, teams=teams, in_turns=default.in_turns, in_flight_bytes=in_flight_bytes)
         if config not in found:
             found.append(config)
     return tuple(found)
@@ -244,7 +248,7 @@ def _plan(
     clusters = min(tiles, _resident_clusters(config.cluster, device))
     own_tiles = -(-tiles // (clusters * config.cluster))
     head = _head_bytes(k, rows, element_size, config, normed) + vectors * own_tiles * TILE_ROWS * 4
-    shared_bytes = _shared_bytes(config, normed)
+    shared_bytes = _shared_bytes(config, normed, rows)
     stages = _num_stages(head, config, shared_bytes)
     if stages <= config.teams:
         raise ValueError(f"{config} does not fit: x, scales and sums take {head} bytes of {MAX_SHARED_BYTES}")
@@ -320,13 +324,13 @@ def _fits(k: int, rows: int, element_size: int, config: StreamConfig) -> bool:
     return (even or config.cluster == 1) and _num_stages(head, config, MAX_SHARED_BYTES) > 0
 
 
-def _shared_bytes(config: StreamConfig, normed: bool) -> int:
+def _shared_bytes(config: StreamConfig, normed: bool, rows: int) -> int:
     """What the ring may fill; all there is if that leaves too few stages.
 
     With more than half a multiprocessor's, two CTAs of a kernel never share one.
     """
     if not config.in_turns:
-        return SHARED_BYTES
+        return SHARED_BYTES if rows <= 8 else MAX_SHARED_BYTES  # 16 rows of x leave the ring little
     return SHARED_BYTES_BELOW_HALF if normed else SHARED_BYTES_ABOVE_HALF
 
 
