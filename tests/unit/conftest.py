@@ -1,4 +1,4 @@
-"""What kernels need in Triton's interpreter."""
+"""What kernels need in Triton's interpreter, for the tests of more than one folder."""
 
 from collections.abc import Iterator
 from typing import Any
