@@ -7,7 +7,7 @@ ROW_BUCKETS = (1, 2, 4, 8, 16)
 
 TUNED_BUCKETS = (4, 8, 16)
 """Those whose configuration is measured. With fewer rows a kernel ends so soon that its neighbours decide what is
-fastest; the default is, in whole decode steps, and what is chosen for a product by itself is up to 10 % slower."""
+fastest; the default is, in whole decode steps, and what is chosen for a product by itself is up to 7 % slower."""
 
 
 @dataclass(frozen=True)
