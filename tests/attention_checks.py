@@ -6,6 +6,7 @@ Runs natively on a GPU and in Triton's interpreter; the tests choose shapes that
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hasten.kernels.attention import attention_reference
@@ -80,7 +81,7 @@ def check_decode(case: dict[str, Any], window: int | None, *, is_early: bool, nu
     assert not workspace.counters.any()
 
 
-def check_prefill(
+def check_ragged(
     device: str,
     heads: tuple[int, int],
     head_dim: int,
@@ -89,29 +90,27 @@ def check_prefill(
     window: int | None,
 ) -> None:
     """chunks: each sequence's context length and the number of its last tokens in the step."""
-    from hasten.kernels.cuda.decode_attention import DecodeWorkspace
-    from hasten.kernels.cuda.prefill_attention import plan_prefill, prefill_attention
+    from hasten.kernels.cuda.ragged_attention import TILE_FIELDS, attention_tiles, ragged_attention
 
     torch.manual_seed(0)
     (num_heads, num_kv_heads), scale = heads, head_dim**-0.5
-    context_lens = [context_len for context_len, _ in chunks]
-    blocks_each = 2 + max(context_lens) // BLOCK_SIZE  # more than are used
+    ends, counts = np.array(chunks).T
+    blocks_each = 2 + int(ends.max()) // BLOCK_SIZE  # more than are used
     shape = ((1 + len(chunks)) * blocks_each, BLOCK_SIZE, num_kv_heads, head_dim)
     keys, values = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
-    tables = torch.randperm(shape[0])[: len(chunks) * blocks_each].view(len(chunks), blocks_each)
-    inputs, expected, starts = [], [], [0]
-    for table, (context_len, num_queries) in zip(tables, chunks, strict=True):
+    block_tables = torch.randperm(shape[0]).view(1 + len(chunks), blocks_each).int()
+    owners = torch.randperm(1 + len(chunks))[: len(chunks)]  # each sequence's row of the table
+    queries, expected = [], []
+    for owner, (context_len, num_queries) in zip(owners.tolist(), chunks, strict=True):
         with torch.device(device):
             q = torch.randn(num_queries, num_heads, head_dim).to(dtype)
             k, v = (torch.randn(context_len, num_kv_heads, head_dim).to(dtype) for _ in range(2))
         where = torch.arange(context_len)
-        slots = (table[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE).to(device)
+        slots = (block_tables[owner, where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE).to(device)
         keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots] = k, v
-        inputs.append((q, k[-num_queries:], v[-num_queries:]))
+        queries.append(q)
         expected.append(attention_reference(q.cpu(), k.cpu(), v.cpu(), scale, window).flatten(1))
-        starts.append(starts[-1] + num_queries)
-    workspace = DecodeWorkspace(len(chunks), num_heads, head_dim, device)
-    plan = plan_prefill(starts, context_lens, tables.tolist(), block_size=BLOCK_SIZE, workspace=workspace)
-    q, k, v = (torch.cat(each) for each in zip(*inputs, strict=True))
-    actual = prefill_attention(q, k, v, keys, values, plan, scale, window)
+    tiles = attention_tiles(counts.cumsum() - counts, counts, owners.numpy(), ends - counts, num_heads // num_kv_heads)
+    padded = torch.cat((torch.from_numpy(tiles), torch.zeros(3, TILE_FIELDS, dtype=torch.int32))).to(device)
+    actual = ragged_attention(torch.cat(queries), keys, values, block_tables.to(device), padded, scale, window)
     check_rows(actual, torch.cat(expected).to(device), TOLERANCES[dtype])

@@ -7,17 +7,28 @@ L2 cache; figures are the median microseconds a launch. Values are checked by te
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from hasten.kernels.cuda import elementwise, rotary
 from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention
-from hasten.kernels.cuda.prefill_attention import PrefillPlan, PromptPlan, prefill_attention
+from hasten.kernels.cuda.prompt_attention import prompt_attention
+from hasten.kernels.cuda.ragged_attention import attention_tiles, ragged_attention
 
 BLOCK_SIZE = 16
 SHAPES = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 DECODES = [(1, 128), (1, 512), (1, 4096), (1, 32768), (8, 512), (8, 8192), (64, 640), (256, 640)]
+PROMPTS = [
+    *(((tokens,), 0) for tokens in (128, 512, 2048, 8192)),
+    ((128,) * 4, 0),
+    ((2048,) * 4, 0),
+    ((200,), 1024),
+    ((512,), 8192),
+]
+"""Tokens of the prompts in a step, and those before them in the cache."""
+
 CHAIN_BYTES = 1.2e9
 
 
@@ -87,24 +98,32 @@ def time_decode(heads: int, kv_heads: int, head_dim: int, rows: int, context: in
     return median_us(chain, layers), num_bytes
 
 
-def time_prefill(heads: int, kv_heads: int, head_dim: int, tokens: int, has_fixed_length: bool) -> float:
-    """Microseconds a layer for one prompt."""
-    layers = 8
+def time_prompts(heads: int, kv_heads: int, head_dim: int, lengths: Sequence[int], context: int) -> dict[str, float]:
+    """Microseconds a layer, by kernel, for prompts of which as many tokens are in the cache before the step."""
+    layers, counts = 8, np.array(lengths)
+    num_blocks = -(-(max(lengths) + context) // BLOCK_SIZE)
     with torch.device("cuda"):
         inputs = [
-            [torch.randn(tokens, count, head_dim).bfloat16() for count in (heads, kv_heads, kv_heads)]
+            [torch.randn(sum(lengths), count, head_dim).bfloat16() for count in (heads, kv_heads, kv_heads)]
             for _ in range(layers)
         ]
-        cache = torch.empty(tokens // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim, dtype=torch.bfloat16)
-        starts = torch.tensor([0, tokens], dtype=torch.int32)
-    bounds = (0, tokens)
-    plan = PrefillPlan(PromptPlan(None, starts, starts, bounds, bounds, None, has_fixed_length), None)
+        shape = (len(lengths) * num_blocks, BLOCK_SIZE, kv_heads, head_dim)
+        caches = [[torch.randn(shape).bfloat16() for _ in range(2)] for _ in range(layers)]
+        tables = torch.randperm(shape[0]).view(len(lengths), num_blocks).int()
+    positions = np.full(len(lengths), context)
+    tiles = attention_tiles(counts.cumsum() - counts, counts, np.arange(len(lengths)), positions, heads // kv_heads)
+    sent = torch.from_numpy(tiles).cuda()
 
-    def chain() -> None:
-        for each in inputs:
-            prefill_attention(*each, cache, cache, plan, head_dim**-0.5, None)
+    def ragged() -> None:
+        for (q, _, _), (keys, values) in zip(inputs, caches, strict=True):
+            ragged_attention(q, keys, values, tables, sent, head_dim**-0.5, None)
 
-    return median_us(chain, layers)
+    def whole_prompt() -> None:
+        for q, k, v in inputs:
+            prompt_attention(q, k, v, head_dim**-0.5)
+
+    kernels = {"ragged": ragged} | ({"whole prompt": whole_prompt} if len(lengths) == 1 and not context else {})
+    return {name: median_us(chain, layers) for name, chain in kernels.items()}
 
 
 def time_elementwise(rows: int, hidden: int = 4096, intermediate: int = 14336) -> list[tuple[str, float, float]]:
@@ -149,13 +168,12 @@ def main() -> None:
             us, num_bytes = time_decode(*shape, rows, context)
             share = num_bytes / rate * 1e6 / us
             print(f"{model:13} decode rows {rows:3} context {context:5} {us:8.2f} us {share:6.1%} of the copy rate")
-        for tokens in (128, 512, 2048, 8192):
-            any_length, fixed_length = (time_prefill(*shape, tokens, has_fixed) for has_fixed in (False, True))
-            flops = 2 * tokens * tokens * shape[0] * shape[2]
-            print(
-                f"{model:13} prefill tokens {tokens:5} {any_length:8.2f} us, fixed length {fixed_length:8.2f} us"
-                f" {flops / fixed_length / 1e6:6.0f} TFLOP/s"
-            )
+        for lengths, context in PROMPTS:
+            before = f" behind {context}" if context else ""
+            flops = 2 * shape[0] * shape[2] * sum(tokens * (tokens + 2 * context) for tokens in lengths)
+            times = time_prompts(*shape, lengths, context)
+            found = ", ".join(f"{name} {us:.2f} us ({flops / us / 1e6:.0f} TFLOP/s)" for name, us in times.items())
+            print(f"{model:13} prompts {len(lengths)} x {lengths[0]}{before}: {found}")
     for rows in (64, 256, 2048):
         for name, us, num_bytes in time_elementwise(rows):
             print(f"{name:16} rows {rows:4} {us:8.2f} us {num_bytes / us / 1e6:6.2f} TB/s")

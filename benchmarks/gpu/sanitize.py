@@ -67,10 +67,11 @@ def clusters() -> None:
 
 
 def attention() -> None:
+    import numpy as np
     import torch
 
     from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention
-    from hasten.kernels.cuda.prefill_attention import plan_prefill, prefill_attention
+    from hasten.kernels.cuda.ragged_attention import attention_tiles, ragged_attention
 
     for dtype, dim, heads, kv_heads in (
         (torch.bfloat16, 128, 8, 2),
@@ -89,10 +90,10 @@ def attention() -> None:
         options = {"num_heads": heads, "num_kv_heads": kv_heads, "scale": dim**-0.5, "workspace": workspace}
         for window in (None, 20):
             decode_attention(qkv, cos, sin, keys, values, tables, slots, positions, window=window, **options)
-        plan = plan_prefill((0, 1, 20, 50), (100, 60, 30), tables.tolist(), block_size=16, workspace=workspace)
-        q = torch.randn(50, heads, dim, device="cuda", dtype=dtype)
-        k, v = (torch.randn(50, kv_heads, dim, device="cuda", dtype=dtype) for _ in range(2))
-        prefill_attention(q, k, v, keys, values, plan, dim**-0.5, None)
+            columns = (np.array(column) for column in ((0, 1, 20), (1, 19, 30), (1, 0, 2), (99, 41, 0)))
+            tiles = torch.from_numpy(attention_tiles(*columns, heads // kv_heads)).cuda()
+            q = torch.randn(50, heads, dim, device="cuda", dtype=dtype)
+            ragged_attention(q, keys, values, tables, tiles, dim**-0.5, window)
 
 
 def elementwise() -> None:

@@ -21,7 +21,7 @@ from hasten.engine.engine import Engine
 from hasten.models.decoder import Decoder
 from hasten.models.load import load_decoder
 from hasten.quantization.rtn import quantize, quantize_fp8
-from hasten.request import Request, SamplingParams
+from hasten.request import Request, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 if not torch.cuda.is_available():
@@ -215,6 +215,8 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
         assert found <= 1.5 * error
 
 
+FIRST_TOKEN = SamplingParams(max_tokens=1, ignore_eos=True, logprobs=20)
+
 MIXED = [
     greedy("g0", 5),
     greedy("s0", 21, temperature=1.0, seed=1),
@@ -244,17 +246,14 @@ def without_graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = engine._runner
 
     class Eager:
-        def __init__(self, step, rows, tokens, *, is_greedy: bool) -> None:
-            self._parts, self._is_greedy = (step, rows, tokens), is_greedy
-            self.graph, self.tokens = self, tokens
+        def __init__(self, step) -> None:
+            self.graph, self._step = self, step
 
         def replay(self) -> None:
-            step, rows, tokens = self._parts
-            self.logits = step()
-            runner._draw(self.logits, rows, tokens, is_greedy=self._is_greedy)
+            self.logits = self._step()
 
     monkeypatch.setattr(runner, "_captured", Eager)
-    monkeypatch.setattr(runner, "_prompt_buckets", ())
+    monkeypatch.setattr(runner, "_lengths", ())
 
 
 WAYS: dict[str, dict[str, object]] = {
@@ -300,13 +299,42 @@ def test_prompt_graphs_of_every_bucket(float32: tuple[Decoder, Tokens], monkeypa
 def test_graphs_give_the_tokens_of_kernels_run_one_by_one(
     scheme: str, get_path: GetPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same kernels on the same rows: equal to the last bit, with and without rows that fill a bucket."""
+    """The same kernels on the same rows: decode steps are equal to the last bit, also with rows that fill a bucket."""
     decoder = load_decoder(get_path("llama"), scheme, "cuda")
     requests = [greedy(f"r{number}", 600 + number, 40, temperature=number % 2, seed=number) for number in range(11)]
     tokens = []
     for has_graphs in (True, False):
         engine = make_engine(decoder, num_blocks=700)
+        monkeypatch.setattr(engine._runner, "_lengths", ())
         if not has_graphs:
             without_graphs(engine, monkeypatch)
         tokens.append(tokens_of(run(engine, requests)))
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "w8a16", "fp8"])
+def test_mixed_graphs_compute_what_kernels_run_one_by_one_do(
+    scheme: str, get_path: GetPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First tokens of prompts that share a step, some behind a cached prefix: the same but for rounding."""
+    decoder = load_decoder(get_path("llama"), scheme, "cuda")
+    prefix = prompt(64)
+    requests = [
+        Request(f"r{number}", (*prefix[: 16 * (number % 5)], *prompt(20 + 17 * number, number)), FIRST_TOKEN)
+        for number in range(9)
+    ]
+    found: list[list[TokenEvent]] = []
+    for has_graphs in (True, False):
+        engine = make_engine(decoder, num_blocks=700)
+        if not has_graphs:
+            without_graphs(engine, monkeypatch)
+        run(engine, [Request("prefix", prefix, FIRST_TOKEN)])
+        events = run(engine, requests)
+        found.append([events[each.request_id, 0][0] for each in requests])
+        mixed = [kind for kind, _, _ in engine._runner._graphs if kind == "mixed"]
+        assert bool(mixed) == has_graphs
+    for ours, theirs in zip(*found, strict=True):
+        expected = dict(theirs.top_logprobs)
+        both = [(value, expected[token]) for token, value in ours.top_logprobs if token in expected]
+        assert len(both) >= 15
+        assert max(abs(one - other) for one, other in both) < 0.15

@@ -6,13 +6,14 @@ import torch
 from hasten.kernels.attention import attention_reference
 from hasten.kernels.kv_cache import KVCache
 from hasten.kernels.rotary import rotate_reference
+from hasten.models.batch import Batch
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 if torch.cuda.is_available():
-    from hasten.kernels.cuda.attention import MIN_FIXED_TOKENS, CudaAttention, DecodeRows, Prompts
-    from hasten.kernels.cuda.prefill_attention import fixed_length
+    from hasten.kernels.cuda.attention import CudaAttention, DecodeRows
+    from hasten.kernels.cuda.prompt_attention import MIN_TOKENS, recurring_length
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE = 8, 2, 64, 16
 WINDOWS = (None, 300)
@@ -40,17 +41,17 @@ def attention(max_tokens: int, num_blocks: int) -> tuple["CudaAttention", KVCach
     return made, KVCache(tuple(keys), tuple(values))
 
 
-@pytest.mark.parametrize("num_tokens", [512, 513, 700, 1024, 1030])
-def test_long_prompt(num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 100, 512, 513, 700, 1024, 1030])
+def test_whole_prompt_of_any_length(num_tokens: int) -> None:
     torch.manual_seed(num_tokens)
     made, cache = attention(2048, 80)
     blocks = torch.randperm(80, device="cuda")[: -(-num_tokens // BLOCK_SIZE)]
     positions = torch.arange(num_tokens, device="cuda", dtype=torch.int32)
     slots = blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    prompts = Prompts(positions, slots, (0, num_tokens), (num_tokens,), (blocks.tolist(),))
+    batch = Batch(positions, positions, slots, (0, num_tokens), (num_tokens,), (tuple(blocks.tolist()),), positions)
     garbage = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
     del garbage  # what is allocated next is not finite
-    attend = made.mixed(None, prompts, cache)
+    attend = made.begin(batch, cache)
     for layer, window in enumerate(WINDOWS):
         qkv = torch.randn(num_tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda").bfloat16()
         q, k, v = qkv.unflatten(1, (-1, DIM)).split((HEADS, KV_HEADS, KV_HEADS), 1)
@@ -79,7 +80,8 @@ def test_long_contexts() -> None:
 
 
 def test_prompt_lengths_that_recur() -> None:
-    lengths = {fixed_length(count) for count in range(MIN_FIXED_TOKENS + 1, 8193)}
-    assert len(lengths) == 14
-    assert all(fixed_length(length) == length for length in lengths)
-    assert all(count <= fixed_length(count) < 1.5 * count for count in range(MIN_FIXED_TOKENS + 1, 70000, 7))
+    assert len({recurring_length(count) for count in range(MIN_TOKENS + 1, 8193)}) == 14
+    for count in range(MIN_TOKENS + 1, 70000, 7):
+        length = recurring_length(count)
+        assert recurring_length(length) == length
+        assert count <= length < 1.5 * count

@@ -1,9 +1,11 @@
-"""Runs steps on a GPU: decode steps as CUDA graphs, steps with prompts kernel by kernel.
+"""Runs steps on a GPU: decode steps and short steps with prompts as CUDA graphs, longer ones kernel by kernel.
 
 A decode step is one copy of a small array and the launch of one graph, captured for each batch
-size of a few (a batch is padded to the next of them), with sampling inside. What a sequence needs
-from step to step stays on the GPU, in the row of its slot: block table, last token, sampling
-parameters. So the host can launch a step before it knows the tokens of the one before.
+size of a few (a batch is padded to the next of them), with sampling inside. A step of a few hundred
+tokens, of prompts and of decodes, is a graph as well: kernel by kernel the CPU would need longer to
+launch it than the GPU to compute it. What a sequence needs from step to step stays on the GPU, in
+the row of its slot: block table, last token, sampling parameters. So the host can launch a step
+before it knows the tokens of the one before.
 Where a row has a grammar, the step draws its tokens a second time, after its graph: the masks are
 computed while the model is.
 
@@ -24,7 +26,9 @@ from hasten.engine.model_runner import Collect, ModelRunner, OnCaptured
 from hasten.engine.sampler import SampledToken, is_plain
 from hasten.engine.scheduler import Schedule, ScheduledChunk
 from hasten.engine.sequence import Sequence, uniform
-from hasten.kernels.cuda.attention import CudaAttention, DecodeRows, Prompts
+from hasten.engine.step_tokens import TokenLayout, chunk_tiles, step_array
+from hasten.kernels.cuda.attention import CudaAttention, DecodeRows, StepTokens
+from hasten.kernels.cuda.ragged_attention import tokens_per_tile
 from hasten.kernels.cuda.sample import GreedyWorkspace, SamplingState, greedy_rows, sample_rows
 from hasten.kernels.cuda.step_io import begin_step, end_step
 from hasten.kernels.kv_cache import KVCache
@@ -36,8 +40,14 @@ STEPS_UNDER_WAY = 2
 RING = STEPS_UNDER_WAY + 1
 """Pinned buffers: those of the steps under way, and one that the host fills."""
 
-PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-"""Lengths of a prompt that has a step of its own; a longer one keeps the GPU busy without a graph."""
+MIXED_LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+"""Tokens that captured steps with prompts are filled up to; more keep the GPU busy without a graph."""
+
+MIXED_SEQUENCES = 64
+"""Sequences at most of such a step: more of them decode for longer than it takes to launch."""
+
+MIXED_CONTEXT = 4096
+"""Tokens at most that one of its sequences may see: a tile reads its context alone (`ragged_attention`)."""
 
 HEADER = 4
 """int32 values before the rows of a step's input; the first says which pinned row takes its tokens."""
@@ -70,7 +80,6 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
-    tokens: torch.Tensor
 
 
 class CudaRunner(ModelRunner):
@@ -96,10 +105,13 @@ class CudaRunner(ModelRunner):
         self._num_steps = 0
         self._sampled_slots: set[int] = set()
         self._graphs: dict[tuple[str, int, bool], StepGraph] = {}
+        self._mixed_rows = min(MIXED_SEQUENCES, max_seqs)
         self._max_model_tokens = config.max_model_tokens
         self._max_prompt_tokens = min(config.max_model_tokens, config.max_num_batched_tokens)
-        self._prompt_buckets = tuple(size for size in PROMPT_BUCKETS if size <= config.max_num_batched_tokens)
-        self._prompt = torch.zeros(4 + 3 * PROMPT_BUCKETS[-1], dtype=torch.int32, device="cuda")
+        self._lengths = tuple(length for length in MIXED_LENGTHS if length <= config.max_num_batched_tokens)
+        largest = max((self._layout(length).size for length in self._lengths), default=0)
+        self._step = torch.zeros(largest, dtype=torch.int32, device="cuda")
+        self._tokens = torch.zeros(max_seqs, dtype=torch.int32, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
         self._capture_stream = torch.cuda.Stream()
         with torch.cuda.stream(self._capture_stream):
@@ -108,19 +120,17 @@ class CudaRunner(ModelRunner):
     def prepare(self, on_captured: OnCaptured | None = None) -> None:
         """Captures every step, greedy and with sampling, so that no request waits for a capture."""
         # the largest first: the others fit into its memory
-        steps = [("prompt", bucket) for bucket in reversed(self._prompt_buckets)]
+        steps = [("mixed", length, True) for length in reversed(self._lengths)]
         for bucket in reversed(self._buckets):
-            steps.append(("decode", bucket))
-            if self._attention.is_long(bucket, self._max_model_tokens):
-                steps.append(("long decode", bucket))
-        for number, (kind, bucket) in enumerate(steps, 1):
-            for is_greedy in (True, False):
-                self._graph(kind, bucket, is_greedy=is_greedy)
+            has_long = self._attention.is_long(bucket, self._max_model_tokens)
+            kinds = ("decode", "long decode") if has_long else ("decode",)
+            steps += [(kind, bucket, is_greedy) for kind in kinds for is_greedy in (True, False)]
+        for number, (kind, bucket, is_greedy) in enumerate(steps, 1):
+            self._graph(kind, bucket, is_greedy=is_greedy)
             if on_captured is not None:
                 on_captured(number, len(steps))
         with torch.inference_mode():
-            if self._kv_cache.keys[0].dtype != torch.float32:
-                self._attention.prepare_prompts(self._max_prompt_tokens, self._kv_cache)
+            self._attention.prepare_prompts(self._max_prompt_tokens, self._kv_cache)
 
     def launch(self, schedule: Schedule) -> Collect:
         decodes = [chunk for chunk in schedule.chunks if chunk.is_decode]
@@ -134,12 +144,9 @@ class CudaRunner(ModelRunner):
         masked = {row: matcher for row, chunk in enumerate(drawing) if (matcher := chunk.sequence.matcher) is not None}
         is_greedy = is_plain_step or bool(masked)  # a first draw that a second follows must not count its tokens
         with torch.inference_mode():
-            if self._is_short_prompt(schedule.chunks):
+            if prompts:
                 with phase("prefill", on_gpu=True):
-                    logits, tokens = self._run_prompt(prompts[0], ring, is_greedy=is_greedy)
-            elif prompts:
-                with phase("prefill", on_gpu=True):
-                    logits, tokens = self._run_mixed(decodes, prompts, drawing, ring, is_greedy=is_greedy)
+                    logits, tokens = self._run_prompts(decodes, prompts, drawing, ring, is_greedy=is_greedy)
             else:
                 with phase("decode", on_gpu=True):
                     logits, tokens = self._run_decodes(decodes, ring, is_greedy=is_greedy)
@@ -177,34 +184,9 @@ class CudaRunner(ModelRunner):
         captured = self._graph("long decode" if is_long else "decode", bucket, is_greedy=is_greedy)
         self._send(chunks, bucket, ring)
         captured.graph.replay()
-        return captured.logits, captured.tokens
+        return captured.logits, self._tokens[:bucket]
 
-    def _is_short_prompt(self, chunks: Items[ScheduledChunk]) -> bool:
-        """Whether the step is one whole prompt for which there is a graph."""
-        chunk = chunks[0]
-        is_whole = len(chunks) == 1 and chunk.start == 0 and chunk.samples
-        return is_whole and bool(self._prompt_buckets) and chunk.num_tokens <= self._prompt_buckets[-1]
-
-    def _run_prompt(self, chunk: ScheduledChunk, ring: int, *, is_greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        count, sequence = chunk.num_tokens, chunk.sequence
-        bucket = next(bucket for bucket in self._prompt_buckets if bucket >= count)
-        captured = self._graph("prompt", bucket, is_greedy=is_greedy)
-        self._send([chunk], 1, ring)
-        blocks = np.array(sequence.table.block_ids, dtype=np.int32)
-        places = np.arange(count, dtype=np.int32)
-        array = np.zeros(4 + 3 * bucket, dtype=np.int32)
-        array[1] = count
-        token_ids, positions, slots = array[4:].reshape(3, bucket)
-        token_ids[:count], positions[:count] = sequence.token_ids[:count], places
-        slots[:count] = blocks[places // self._block_size] * self._block_size + places % self._block_size
-        slots[count:] = -1
-        sent = to_gpu(np.concatenate((array, blocks)))
-        self._prompt[: len(array)].copy_(sent[: len(array)])
-        self._block_tables[sequence.slot, : len(blocks)].copy_(sent[len(array) :])
-        captured.graph.replay()
-        return captured.logits, captured.tokens
-
-    def _run_mixed(
+    def _run_prompts(
         self,
         decodes: Items[ScheduledChunk],
         prompts: Items[ScheduledChunk],
@@ -213,51 +195,83 @@ class CudaRunner(ModelRunner):
         *,
         is_greedy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_decodes = len(decodes)
+        length = self._captured_length((*decodes, *prompts))
+        if length is not None:
+            self._graph("mixed", length)  # a capture overwrites the rows that are sent
         rows = self._send(drawing, len(drawing), ring)
-        token_ids, step = self._prompts(prompts)
-        decode_rows = None
-        if decodes:
-            first = rows.first(num_decodes)
-            last_tokens = torch.empty(num_decodes, dtype=torch.int32, device="cuda")
-            self._begin(first, last_tokens)
-            token_ids = torch.cat((last_tokens, token_ids))
-            decode_rows = DecodeRows(first.slots, first.positions, self._block_tables)
-        ends = np.cumsum([chunk.num_tokens for chunk in prompts]) + num_decodes - 1
-        indices = [*range(num_decodes), *(int(end) for end, chunk in zip(ends, prompts, strict=True) if chunk.samples)]
-        logits_indices = to_gpu(np.array(indices, dtype=np.int64))
-        attend = self._attention.mixed(decode_rows, step, self._kv_cache)
-        logits = self._decoder.compute(token_ids, attend, logits_indices)
-        tokens = torch.empty(len(drawing), dtype=torch.int32, device="cuda")
+        if length is not None:
+            logits = self._replay_prompts(decodes, prompts, rows, length)
+        else:
+            logits = self._compute_prompts(decodes, prompts, rows)
+        tokens = self._tokens[: len(drawing)]
         if drawing:
             self._draw(logits, rows, tokens, is_greedy=is_greedy)
         return logits, tokens
 
-    def _prompts(self, chunks: Items[ScheduledChunk]) -> tuple[torch.Tensor, Prompts]:
-        """Token ids [num_tokens] and what attention reads; the sequences' block tables are written as well."""
-        size = self._block_size
-        starts = [chunk.start for chunk in chunks]
-        ends = [chunk.start + chunk.num_tokens for chunk in chunks]
-        tables = [chunk.sequence.table.block_ids for chunk in chunks]
-        tokens = np.concatenate(
-            [np.array(c.sequence.token_ids[s:e], dtype=np.int32) for c, s, e in zip(chunks, starts, ends, strict=True)]
-        )
-        positions = [np.arange(start, end, dtype=np.int32) for start, end in zip(starts, ends, strict=True)]
-        num_blocks = [-(-end // size) for end in ends]
-        blocks = np.zeros((len(chunks), max(num_blocks)), dtype=np.int32)
-        for row, (table, count) in enumerate(zip(tables, num_blocks, strict=True)):
-            blocks[row, :count] = table[:count]
-        slots = np.concatenate(
-            [blocks[row, each // size] * size + each % size for row, each in enumerate(positions)]
-        ).astype(np.int32)
-        owners = np.array([chunk.sequence.slot for chunk in chunks], dtype=np.int32)
-        sent = to_gpu(np.concatenate((tokens, *positions, slots, owners, blocks.ravel())))
-        token_ids, position, slot_mapping, owner, block_rows = sent.split(
-            [len(tokens)] * 3 + [len(chunks), blocks.size]
-        )
-        self._block_tables[:, : blocks.shape[1]].index_copy_(0, owner.long(), block_rows.view(blocks.shape))
-        cu_seqlens = [0, *np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()]
-        return token_ids, Prompts(position, slot_mapping, cu_seqlens, ends, tables)
+    def _replay_prompts(
+        self, decodes: Items[ScheduledChunk], prompts: Items[ScheduledChunk], rows: Rows, length: int
+    ) -> torch.Tensor:
+        """The logits of a step that is filled up to a captured one."""
+        layout, captured = self._layout(length), self._graph("mixed", length)
+        tiles = chunk_tiles((*decodes, *prompts), 0, self._attention.group)
+        step = self._step[: layout.size].copy_(self._send_tokens(decodes, prompts, tiles, layout))
+        if decodes:
+            self._begin(rows.first(len(decodes)), step[: len(decodes)])
+        captured.graph.replay()
+        return captured.logits[: len(rows.slots)]
+
+    def _compute_prompts(
+        self, decodes: Items[ScheduledChunk], prompts: Items[ScheduledChunk], rows: Rows
+    ) -> torch.Tensor:
+        """The logits of a step, launched kernel by kernel."""
+        tiles = chunk_tiles(prompts, len(decodes), self._attention.group)
+        num_tokens = sum(chunk.num_tokens for chunk in (*decodes, *prompts))
+        layout = TokenLayout(num_tokens, len(tiles), len(rows.slots))
+        step = self._send_tokens(decodes, prompts, tiles, layout)
+        token_ids, tokens, wanted = self._split(step, layout)
+        if decodes:
+            first = rows.first(len(decodes))
+            self._begin(first, token_ids[: len(decodes)])
+            decode_rows = DecodeRows(first.slots, first.positions, self._block_tables)
+            attend = self._attention.mixed(decode_rows, tokens, self._kv_cache)
+        elif len(prompts) == 1 and prompts[0].start == 0:
+            attend = self._attention.prompt(tokens, self._kv_cache)
+        else:
+            attend = self._attention.ragged(tokens, self._kv_cache)
+        return self._decoder.compute(token_ids, attend, wanted)
+
+    def _captured_length(self, chunks: Items[ScheduledChunk]) -> int | None:
+        """Tokens that a step with prompts is filled up to if there is a graph for it."""
+        context = max(chunk.start + chunk.num_tokens for chunk in chunks)
+        if len(chunks) > self._mixed_rows or context > MIXED_CONTEXT:
+            return None
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        return next((length for length in self._lengths if length >= num_tokens), None)
+
+    def _layout(self, length: int) -> TokenLayout:
+        """Of a captured step with prompts."""
+        num_tiles = length // tokens_per_tile(self._attention.group) + self._mixed_rows
+        return TokenLayout(length, num_tiles, self._mixed_rows)
+
+    def _send_tokens(
+        self, decodes: Items[ScheduledChunk], prompts: Items[ScheduledChunk], tiles: np.ndarray, layout: TokenLayout
+    ) -> torch.Tensor:
+        """The step on the GPU; the prompts' block tables are written as well."""
+        array = step_array((*decodes, *prompts), tiles, layout, self._block_size)
+        owners = np.array([chunk.sequence.slot for chunk in prompts], dtype=np.int32)
+        num_blocks = [-(-(chunk.start + chunk.num_tokens) // self._block_size) for chunk in prompts]
+        blocks = np.zeros((len(prompts), max(num_blocks)), dtype=np.int32)
+        for row, chunk, count in zip(blocks, prompts, num_blocks, strict=True):
+            row[:count] = chunk.sequence.table.block_ids[:count]
+        sent = to_gpu(np.concatenate((array, owners, blocks.ravel())))
+        step, sent_owners, sent_blocks = sent.split([len(array), len(owners), blocks.size])
+        self._block_tables[:, : blocks.shape[1]].index_copy_(0, sent_owners.long(), sent_blocks.view(blocks.shape))
+        return step
+
+    def _split(self, step: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, StepTokens, torch.Tensor]:
+        """Token ids, what attention reads, and the tokens whose logits are wanted."""
+        token_ids, positions, slots, tiles, wanted = layout.split(step)
+        return token_ids, StepTokens(positions, slots, tiles, self._block_tables), wanted
 
     def _send(self, chunks: Items[ScheduledChunk], num_rows: int, ring: int) -> Rows:
         """Copies the input of the chunks' rows to the GPU; rows without a chunk fill up a bucket."""
@@ -303,16 +317,17 @@ class CudaRunner(ModelRunner):
                 sample_rows(logits, rows.slots, rows.uniforms, self._sampling, tokens)
         end_step(tokens, rows.slots, rows.positions, self._input[:1], self._last_tokens, self._host_tokens)
 
-    def _graph(self, kind: str, bucket: int, *, is_greedy: bool) -> StepGraph:
+    def _graph(self, kind: str, bucket: int, *, is_greedy: bool = True) -> StepGraph:
         key = kind, bucket, is_greedy
         if key not in self._graphs:
-            tokens = torch.empty(1 if kind == "prompt" else bucket, dtype=torch.int32, device="cuda")
-            is_long = kind == "long decode"
-            step = self._prompt_step(bucket) if kind == "prompt" else self._decode_step(bucket, is_long=is_long)
-            self._graphs[key] = self._captured(step, self._rows(len(tokens)), tokens, is_greedy=is_greedy)
+            if kind == "mixed":
+                step = self._mixed_step(bucket)
+            else:
+                step = self._decode_step(bucket, is_long=kind == "long decode", is_greedy=is_greedy)
+            self._graphs[key] = self._captured(step)
         return self._graphs[key]
 
-    def _decode_step(self, bucket: int, *, is_long: bool) -> Callable[[], torch.Tensor]:
+    def _decode_step(self, bucket: int, *, is_long: bool, is_greedy: bool) -> Callable[[], torch.Tensor]:
         rows = self._rows(bucket)
         token_ids = torch.zeros(bucket, dtype=torch.int32, device="cuda")
         decode_rows = DecodeRows(rows.slots, rows.positions, self._block_tables)
@@ -320,43 +335,33 @@ class CudaRunner(ModelRunner):
 
         def step() -> torch.Tensor:
             self._begin(rows, token_ids)
-            return self._decoder.compute(token_ids, attend)
-
-        return step
-
-    def _prompt_step(self, bucket: int) -> Callable[[], torch.Tensor]:
-        """A prompt's tokens, filled up to the bucket with tokens whose results nobody reads."""
-        cu_seqlens = self._prompt[:2]
-        token_ids, positions, slots = self._prompt[4 : 4 + 3 * bucket].view(3, bucket)
-        attend = self._attention.prompt(positions, slots, cu_seqlens, self._kv_cache)
-        self._prompt.zero_()  # one token without a place in the cache, while kernels are loaded
-        self._prompt[1] = 1
-        slots.fill_(-1)
-
-        def step() -> torch.Tensor:
-            return self._decoder.compute(token_ids, attend, cu_seqlens[1:].long() - 1)
-
-        return step
-
-    def _captured(
-        self, step: Callable[[], torch.Tensor], rows: Rows, tokens: torch.Tensor, *, is_greedy: bool
-    ) -> StepGraph:
-        def run() -> torch.Tensor:
-            logits = step()
-            self._draw(logits, rows, tokens, is_greedy=is_greedy)
+            logits = self._decoder.compute(token_ids, attend)
+            self._draw(logits, rows, self._tokens[:bucket], is_greedy=is_greedy)
             return logits
 
+        return step
+
+    def _mixed_step(self, length: int) -> Callable[[], torch.Tensor]:
+        """A step with prompts, filled up to the length; whoever replays it draws the tokens."""
+        layout = self._layout(length)
+        token_ids, tokens, wanted = self._split(self._step[: layout.size], layout)
+        attend = self._attention.ragged(tokens, self._kv_cache)
+        self._step.zero_()
+        tokens.slot_mapping.fill_(-1)  # nothing is written to the cache while kernels are loaded
+        return lambda: self._decoder.compute(token_ids, attend, wanted)
+
+    def _captured(self, step: Callable[[], torch.Tensor]) -> StepGraph:
         with torch.inference_mode():
             self._input.fill_(-1)  # rows that fill up a bucket: nothing is written while kernels are loaded
             self._input[0] = 0
             torch.cuda.synchronize()
             with torch.cuda.stream(self._capture_stream):
-                run()
+                step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
-                logits = run()
-        return StepGraph(graph, logits, tokens)
+                logits = step()
+        return StepGraph(graph, logits)
 
 
 def _uniform(chunk: ScheduledChunk) -> float:

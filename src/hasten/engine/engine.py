@@ -95,13 +95,14 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Computes one step for the sequences that are due; returns their tokens and what has ended.
 
-        With an asynchronous runner they are those of the step before, while the next one runs. An exception
+        With an asynchronous runner they are those of the step before, while the next one runs; behind a step of
+        prompts alone the next one is only launched by the next call, so that requests can arrive. An exception
         that the runner raises ends the sequences of its step, in errors that the next call returns; the engine
         can go on if the device can.
         """
         if self._compiling:
             self._queue_compiled()
-        launched = self._launch()
+        launched = None if self._awaits_arrivals() else self._launch()
         if self._runner.is_asynchronous:
             launched, self._in_flight = self._in_flight, launched
         if launched is not None:
@@ -130,6 +131,16 @@ class Engine:
                 self._queue(request, future.result())
             else:
                 self._end(self._sequences(request), "error", str(error))
+
+    def _awaits_arrivals(self) -> bool:
+        """Whether prompts alone are under way and the next step has room for more.
+
+        They take several times as long as a decode step. Launched at once, the next step would have the few that are
+        there, and the prompts that arrive meanwhile would wait for both.
+        """
+        if self._in_flight is None or any(chunk.is_decode for chunk in self._in_flight[0].chunks):
+            return False
+        return self.scheduler.has_room
 
     def _launch(self) -> tuple[Schedule, Collect] | None:
         """Starts the next step, if anything is due."""

@@ -87,6 +87,13 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence that came now could join the next step, as far as its tokens and places go."""
+        sequences = (*self.running, *self.waiting)
+        num_tokens = sum(sequence.num_uncomputed_tokens for sequence in sequences)
+        return len(sequences) < self._config.max_num_seqs and num_tokens < self._config.max_num_batched_tokens
+
     def add(self, sequences: Items[Sequence]) -> None:
         """Queues the sequences of one request."""
         self.num_prompt_tokens += sequences[0].num_prompt_tokens

@@ -75,7 +75,9 @@ class Decoder:
         Returns:
             float32 [len(batch.logits_indices), vocab_size].
         """
-        return self.compute(batch.token_ids, self.attention.begin(batch, kv_cache), batch.logits_indices)
+        wanted = batch.logits_indices
+        is_all = len(wanted) == len(batch.token_ids)
+        return self.compute(batch.token_ids, self.attention.begin(batch, kv_cache), None if is_all else wanted)
 
     def compute(
         self, token_ids: torch.Tensor, attend: Attend, logits_indices: torch.Tensor | None = None
@@ -83,7 +85,7 @@ class Decoder:
         """The graph itself, without a decision that depends on values.
 
         Args:
-            logits_indices: tokens whose logits are wanted; None for all.
+            logits_indices: tokens whose logits are wanted, in any order; None for all.
 
         Returns:
             float32 [len(logits_indices), vocab_size].
@@ -92,7 +94,7 @@ class Decoder:
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             attended = attend(layer.qkv(hidden), index)
-            if index == last and logits_indices is not None and logits_indices.shape[0] != hidden.shape[0]:
+            if index == last and logits_indices is not None:
                 attended, hidden = attended.index_select(0, logits_indices), hidden.index_select(0, logits_indices)
                 if not hidden.shape[0]:  # only the cache was wanted
                     return torch.empty(0, self.config.vocab_size, device=hidden.device)

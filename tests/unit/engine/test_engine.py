@@ -112,6 +112,39 @@ def test_continuations_of_a_greedy_request_agree(make_engine: Callable[..., Engi
     assert [tokens_in(events["r", index]) for index in range(3)] == [tokens_in(events["r", 0])] * 3
 
 
+def test_prompts_that_arrive_while_others_are_computed_join_the_next_step(
+    make_engine: Callable[..., Engine], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(overlaps=True, max_num_batched_tokens=8, enable_prefix_cache=False)
+    launched: list[list[str]] = []
+    launch = engine._runner.launch
+
+    def record(schedule: Schedule) -> Collect:
+        launched.append([chunk.sequence.request.request_id for chunk in schedule.chunks])
+        return launch(schedule)
+
+    monkeypatch.setattr(engine._runner, "launch", record)
+    engine.add_request(request("a"))
+    assert engine.step() == []  # a's prompt is under way
+    engine.add_request(request("b"))
+    assert [event.request_id for event in engine.step()] == ["a"]
+    assert launched == [["a"]]  # c may still come
+    engine.add_request(request("c"))
+    assert engine.step() == []
+    assert launched == [["a"], ["a", "b", "c"]]
+    engine.step()  # decodes are under way: the next step is launched before their tokens are there
+    assert launched[2:] == [["a", "b", "c"]]
+    run(engine)
+
+    engine.add_request(request("d", prompt=tuple(range(20))))
+    engine.add_request(request("e"))
+    launched.clear()
+    engine.step()
+    engine.step()
+    assert launched == [["d"], ["d"]]  # e waits behind d, and nobody else could join
+    run(engine)
+
+
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_a_step_that_raises_ends_its_requests_and_no_others(
     make_engine: Callable[..., Engine],

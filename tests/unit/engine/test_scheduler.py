@@ -172,7 +172,7 @@ def test_overlapping_steps_give_a_token_each(make_engine: Callable[..., Engine])
     tokens_of_each_step = []
     while engine.has_unfinished:
         tokens_of_each_step.append(len(engine.step()))
-    assert tokens_of_each_step == [0] + [1] * 10
+    assert tokens_of_each_step == [0, 1, 0] + [1] * 9  # behind the prompt there is room for arrivals
     assert engine._runner._model.num_steps == 10  # type: ignore[attr-defined]
 
 

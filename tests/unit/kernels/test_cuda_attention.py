@@ -8,7 +8,7 @@ if torch.cuda.is_available():
 pytest.importorskip("triton", reason="needs triton")
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 
-from attention_checks import check_decode, check_prefill, decode_case
+from attention_checks import check_decode, check_ragged, decode_case
 from hasten.kernels.cuda.decode_attention import (
     CLUSTERS,
     SOURCE,
@@ -57,8 +57,8 @@ def test_decode_equals_reference(
     "chunks",
     [[(1, 1)], [(37, 37)], [(64, 1), (1, 1)], [(50, 12), (1, 1), (20, 20)], [(5, 5), (90, 1), (16, 16), (33, 1)]],
 )
-def test_prefill_equals_reference(chunks: list[tuple[int, int]], window: int | None) -> None:
-    check_prefill("cpu", (6, 2), 64, torch.float32, chunks, window)
+def test_ragged_equals_reference(chunks: list[tuple[int, int]], window: int | None) -> None:
+    check_ragged("cpu", (6, 2), 64, torch.float32, chunks, window)
 
 
 def test_every_division_fits_in_shared_memory() -> None:

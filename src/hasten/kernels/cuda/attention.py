@@ -1,29 +1,30 @@
 """Attention of all layers on a GPU: what lies between the qkv product and the output projection.
 
-Decode tokens go through `decode_attention`, which rotates, writes the cache and attends in one
-kernel; tokens of prompts through `rotate_and_write` and `prefill_attention`. In a step that has
-both, the decode tokens come first.
+A step of decode tokens goes through `decode_attention`, which rotates, writes the cache and attends in one
+kernel. In any other step `rotate_and_write` comes first, and then `prompt_attention` for one whole prompt,
+`ragged_attention` for whatever else.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hasten.kernels.attention import Attend, Step
 from hasten.kernels.cuda.decode_attention import DecodeWorkspace, decode_attention, is_long_context
-from hasten.kernels.cuda.prefill_attention import (
-    PrefillPlan,
-    PromptPlan,
-    fixed_length,
-    plan_prefill,
-    prefill_attention,
+from hasten.kernels.cuda.prompt_attention import (
+    MIN_TOKENS,
+    has_prompt_attention,
+    prompt_attention,
+    recurring_length,
 )
+from hasten.kernels.cuda.ragged_attention import attention_tiles, ragged_attention
 from hasten.kernels.cuda.rotary import rotate_and_write
 from hasten.kernels.kv_cache import KVCache
 
-MIN_FIXED_TOKENS = 512
-"""A prompt of more tokens that has a step of its own is filled up to a length that recurs, for attention alone."""
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""q, k and v of some tokens, [num_tokens, heads, head_dim] each."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,19 @@ class DecodeRows:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Sequences that compute several tokens each, as in `models.batch.Batch`; tensors are on the GPU."""
+class StepTokens:
+    """Tokens of a step with prompts; everything is on the GPU, of integers.
+
+    Args:
+        positions, slot_mapping: [num_tokens]; tokens that fill up a step have slot -1.
+        tiles: of the sequences to attend, see `ragged_attention.attention_tiles`.
+        block_tables: [max_num_seqs, max_blocks_per_seq] int32.
+    """
 
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    cu_seqlens_q: Sequence[int]
-    context_lens: Sequence[int]
-    block_tables: Sequence[Sequence[int]]
+    tiles: torch.Tensor
+    block_tables: torch.Tensor
 
 
 class CudaAttention:
@@ -60,6 +66,9 @@ class CudaAttention:
         qk_norms: one pair a layer, weights [head_dim] of the norms of q and k; () without norms.
         rotation: positions [num_tokens] to rotations [num_tokens, 1, head_dim / 2] complex64.
         dtype: of q, k and v; rotations are rounded to it, as in transformers.
+
+    Attributes:
+        group: query heads of a key head.
     """
 
     def __init__(
@@ -75,9 +84,11 @@ class CudaAttention:
         dtype: torch.dtype,
     ) -> None:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self.group = num_heads // num_kv_heads
         self._windows, self._qk_norms, self._eps = windows, qk_norms, eps
         self._rotation, self._dtype = rotation, dtype
         self._scale = head_dim**-0.5
+        self._has_prompt_attention = has_prompt_attention(dtype, head_dim)
 
     def prepare(self, max_num_seqs: int, max_model_tokens: int) -> None:
         """Allocates what does not depend on the step; needed once, before any."""
@@ -87,18 +98,28 @@ class CudaAttention:
 
     def prepare_prompts(self, max_tokens: int, kv_cache: KVCache) -> None:
         """Has the kernels built for long prompts of up to so many tokens, for each length that recurs."""
-        for length in sorted({fixed_length(count) for count in range(MIN_FIXED_TOKENS + 1, max_tokens + 1)}):
-            heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-            q, k, v = (kv_cache.keys[0].new_zeros(length, count, self._head_dim) for count in heads)
-            starts, bounds = torch.tensor([0, length], dtype=torch.int32, device="cuda"), (0, length)
-            plan = PrefillPlan(PromptPlan(None, starts, starts, bounds, bounds, None, has_fixed_length=True), None)
-            for window in {*self._windows}:
-                prefill_attention(q, k, v, kv_cache.keys[0], kv_cache.values[0], plan, self._scale, window)
+        if not self._has_prompt_attention:
+            return
+        for length in sorted({recurring_length(count) for count in range(MIN_TOKENS + 1, max_tokens + 1)}):
+            q, k, v = self._new_heads(length, 0, kv_cache)
+            prompt_attention(q, k, v, self._scale)
 
     def begin(self, step: Step, kv_cache: KVCache) -> Attend:
-        """A step of prompts alone."""
-        prompts = Prompts(step.positions, step.slot_mapping, step.cu_seqlens_q, step.context_lens, step.block_tables)
-        return self.mixed(None, prompts, kv_cache)
+        """A step as the CPU's attention takes it."""
+        starts, ends = np.array(step.cu_seqlens_q), np.array(step.context_lens)
+        counts = np.diff(starts)
+        tables = np.zeros((len(counts), max(map(len, step.block_tables))), dtype=np.int32)
+        for row, blocks in zip(tables, step.block_tables, strict=True):
+            row[: len(blocks)] = blocks
+        tiles = attention_tiles(starts[:-1], counts, np.arange(len(counts)), ends - counts, self.group)
+        tokens = StepTokens(
+            step.positions,
+            step.slot_mapping,
+            torch.tensor(tiles, device="cuda"),
+            torch.tensor(tables, device="cuda"),
+        )
+        is_whole_prompt = len(counts) == 1 and counts[0] == ends[0]
+        return self.prompt(tokens, kv_cache) if is_whole_prompt else self.ragged(tokens, kv_cache)
 
     def is_long(self, num_rows: int, num_tokens: int) -> bool:
         """Whether decode tokens of which one sees this many tokens are a long step, which runs otherwise."""
@@ -111,103 +132,105 @@ class CudaAttention:
             is_long: see `is_long`; any step runs either way, one of them is faster.
         """
 
-        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
-            return decode_attention(
-                qkv,
-                self._cos,
-                self._sin,
-                kv_cache.keys[layer],
-                kv_cache.values[layer],
-                rows.block_tables,
-                rows.slots,
-                rows.positions,
-                num_heads=self._num_heads,
-                num_kv_heads=self._num_kv_heads,
-                scale=self._scale,
-                window=self._windows[layer],
-                workspace=self._workspace,
-                is_long=is_long,
-                is_early=True,  # the embedding, a kernel without dependent launch, is behind what writes the rows
-                **self._norms(layer),
-            )
+        return lambda qkv, layer: self._decode(qkv, layer, rows, kv_cache, is_long=is_long)
 
-        return attend
-
-    def prompt(
-        self, positions: torch.Tensor, slot_mapping: torch.Tensor, cu_seqlens: torch.Tensor, kv_cache: KVCache
-    ) -> Attend:
-        """A step of one prompt from its first token on; may be captured in a CUDA graph.
-
-        Args:
-            positions, slot_mapping: [num_tokens] int32; tokens past the prompt's have slot -1.
-            cu_seqlens: [2] int32, 0 and the prompt's length.
-        """
-        bounds = (0, len(positions))
-        plan = PrefillPlan(PromptPlan(None, cu_seqlens, cu_seqlens, bounds, bounds, None, has_fixed_length=True), None)
-        return self._prefill(positions, slot_mapping, plan, kv_cache)
-
-    def mixed(self, rows: DecodeRows | None, prompts: Prompts, kv_cache: KVCache) -> Attend:
-        """A step of decode tokens, if any, followed by tokens of prompts."""
-        num_decodes = 0 if rows is None else len(rows.slots)
-        plan = plan_prefill(
-            prompts.cu_seqlens_q,
-            prompts.context_lens,
-            prompts.block_tables,
-            block_size=kv_cache.block_size,
+    def _decode(
+        self,
+        qkv: torch.Tensor,
+        layer: int,
+        rows: DecodeRows,
+        kv_cache: KVCache,
+        *,
+        is_long: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return decode_attention(
+            qkv,
+            self._cos,
+            self._sin,
+            kv_cache.keys[layer],
+            kv_cache.values[layer],
+            rows.block_tables,
+            rows.slots,
+            rows.positions,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            scale=self._scale,
+            window=self._windows[layer],
             workspace=self._workspace,
+            out=out,
+            is_long=is_long,
+            is_early=True,  # the embedding, a kernel without dependent launch, is behind what writes the rows
+            **self._norms(layer),
         )
 
-        is_whole = tuple(prompts.cu_seqlens_q) == (0, *prompts.context_lens)
-        if rows is None and is_whole and prompts.context_lens[0] > MIN_FIXED_TOKENS:
-            return self._fixed_length(prompts, plan, kv_cache)
-        prefill = self._prefill(prompts.positions, prompts.slot_mapping, plan, kv_cache)
-        if rows is None:
-            return prefill
-        decode = self.decode(rows, kv_cache)
+    def prompt(self, tokens: StepTokens, kv_cache: KVCache) -> Attend:
+        """A step of one prompt from its first token on."""
+        ragged, num_tokens = self.ragged(tokens, kv_cache), len(tokens.positions)
+        if not self._has_prompt_attention or num_tokens <= MIN_TOKENS:
+            return ragged
+        length = recurring_length(num_tokens)
+        out = self._new_heads(length, num_tokens, kv_cache)
 
         def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
-            return torch.cat((decode(qkv[:num_decodes], layer), prefill(qkv[num_decodes:], layer)))
+            window = self._windows[layer]
+            if window is not None and window < length:
+                return ragged(qkv, layer)
+            q, k, v = self._rotated(qkv, tokens, kv_cache, layer, out)
+            return prompt_attention(q, k, v, self._scale)[:num_tokens]
 
         return attend
 
-    def _fixed_length(self, prompts: Prompts, plan: PrefillPlan, kv_cache: KVCache) -> Attend:
-        """A step of one long prompt from its first token on."""
-        assert plan.prompts is not None
-        plan = replace(plan, prompts=replace(plan.prompts, has_fixed_length=True))
-        num_tokens = len(prompts.positions)
-        length, like = fixed_length(num_tokens), kv_cache.keys[0]
-        heads = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
-        q, k, v = (like.new_empty(length, count, self._head_dim) for count in heads)
-        k[num_tokens:], v[num_tokens:] = 0, 0  # what is multiplied by a weight of 0 must be finite
-        attend = self._prefill(prompts.positions, prompts.slot_mapping, plan, kv_cache, (q, k, v))
-        return lambda qkv, layer: attend(qkv, layer)[:num_tokens]
+    def ragged(self, tokens: StepTokens, kv_cache: KVCache) -> Attend:
+        """A step of any tokens; may be captured in a CUDA graph."""
 
-    def _prefill(
+        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
+            q, _, _ = self._rotated(qkv, tokens, kv_cache, layer)
+            keys, values, window = kv_cache.keys[layer], kv_cache.values[layer], self._windows[layer]
+            return ragged_attention(q, keys, values, tokens.block_tables, tokens.tiles, self._scale, window)
+
+        return attend
+
+    def mixed(self, rows: DecodeRows, tokens: StepTokens, kv_cache: KVCache) -> Attend:
+        """A step of decode tokens, whose contexts may be long, and of others behind them, which alone have tiles."""
+        ragged, num_decodes = self.ragged(tokens, kv_cache), len(rows.slots)
+
+        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
+            attended = ragged(qkv, layer)
+            self._decode(qkv[:num_decodes], layer, rows, kv_cache, out=attended[:num_decodes])
+            return attended
+
+        return attend
+
+    def _new_heads(self, length: int, first: int, kv_cache: KVCache) -> Heads:
+        """q, k and v of so many tokens; from the first-th on k and v are 0: what a weight of 0 meets must be finite."""
+        counts = (self._num_heads, self._num_kv_heads, self._num_kv_heads)
+        q, k, v = (kv_cache.keys[0].new_empty(length, count, self._head_dim) for count in counts)
+        k[first:], v[first:] = 0, 0
+        return q, k, v
+
+    def _rotated(
         self,
-        positions: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        plan: PrefillPlan,
+        qkv: torch.Tensor,
+        tokens: StepTokens,
         kv_cache: KVCache,
-        out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    ) -> Attend:
-        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
-            keys, values = kv_cache.keys[layer], kv_cache.values[layer]
-            q, k, v = rotate_and_write(
-                qkv,
-                self._cos,
-                self._sin,
-                positions,
-                slot_mapping,
-                keys,
-                values,
-                num_heads=self._num_heads,
-                num_kv_heads=self._num_kv_heads,
-                out=out,
-                **self._norms(layer),
-            )
-            return prefill_attention(q, k, v, keys, values, plan, self._scale, self._windows[layer])
-
-        return attend
+        layer: int,
+        out: Heads | None = None,
+    ) -> Heads:
+        """q, k and v of a step's tokens, k and v also in the cache."""
+        return rotate_and_write(
+            qkv,
+            self._cos,
+            self._sin,
+            tokens.positions,
+            tokens.slot_mapping,
+            kv_cache.keys[layer],
+            kv_cache.values[layer],
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            out=out,
+            **self._norms(layer),
+        )
 
     def _norms(self, layer: int) -> dict:
         if not self._qk_norms:

@@ -9,7 +9,7 @@ elsewhere partial results meet in a workspace (`decode_kernel`).
 Invariants: who takes which part is worked out from the row's position at run time, so a launch
 captured in a CUDA graph serves every context length; a row with position -1 touches no cache;
 the token's own slot is written by one CTA of a key head and read by none. Several tokens of a
-sequence (a prefill) are `prefill_attention`.
+sequence are `ragged_attention`.
 """
 
 import ctypes
@@ -210,32 +210,6 @@ def decode_attention(
     return out
 
 
-def decode_attention_rotated(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    scale: float,
-    workspace: DecodeWorkspace,
-    window: int | None = None,
-) -> torch.Tensor:
-    """The same for a q that is rotated already and tokens that are in the cache already.
-
-    Args:
-        q: [rows, num_heads, head_dim].
-
-    Returns:
-        [rows, num_heads * head_dim].
-    """
-    out = torch.empty_like(q).flatten(1)
-    cache = (keys, values, block_tables, slots, positions)
-    _launch(q, None, cache, q.shape[1], scale, window, workspace, out, None, False, None)
-    return out
-
-
 def has_cluster_kernel(dtype: torch.dtype, group: int, keys: torch.Tensor) -> bool:
     """Whether decode_attention.cu serves this shape on this device."""
     _, block_size, _, head_dim = keys.shape
@@ -340,7 +314,7 @@ def _launch_cluster(
 
 def _launch(
     qkv: torch.Tensor,
-    norm_and_rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float] | None,
+    norm_and_rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float],
     cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     num_heads: int,
     scale: float,
@@ -352,7 +326,7 @@ def _launch(
     config: DecodeConfig | None,
 ) -> None:
     keys, values, block_tables, slots, positions = cache
-    cos, sin, q_norm, k_norm, eps = norm_and_rotary or (None, None, None, None, 0.0)
+    cos, sin, q_norm, k_norm, eps = norm_and_rotary
     _, block_size, num_kv_heads, head_dim = keys.shape
     rows, group = qkv.shape[0], num_heads // num_kv_heads
     assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and out.is_contiguous()
@@ -390,7 +364,6 @@ def _launch(
         TILE=config.tile,
         HAS_NORM=q_norm is not None,
         CHUNK=CHUNK,
-        IS_FUSED=norm_and_rotary is not None,
         EARLY=is_early,
         PDL=has_dependent_launch(),
         num_warps=config.num_warps,

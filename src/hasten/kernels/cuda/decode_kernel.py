@@ -12,7 +12,7 @@ from hasten.kernels.cuda.rotary import load_heads
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     keys,
     values,
     table,
@@ -39,16 +39,22 @@ def _load_tile(
 
 
 @triton.jit
-def _attend(q, k, v, seen, scale, maximum, total, attended):
-    """Adds a tile, of which at least one position is seen, to an online softmax in base 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
+def add_keys(scores, v, maximum, total, attended):
+    """Adds keys to an online softmax in base 2; all of a row's may be hidden (-inf) where its maximum is finite."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
     weights = tl.exp2(scores - new_maximum[:, None])
     decay = tl.exp2(maximum - new_maximum)
     total = total * decay + tl.sum(weights, 1)
     attended = tl.dot(weights.to(v.dtype), v, attended * decay[:, None], input_precision="ieee")
     return new_maximum, total, attended
+
+
+@triton.jit
+def _attend(q, k, v, seen, scale, maximum, total, attended):
+    """Adds a tile, of which at least one position is seen."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    return add_keys(scores, v, maximum, total, attended)
 
 
 @triton.jit
@@ -130,7 +136,6 @@ def decode_kernel(
     TILE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_FUSED: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -151,7 +156,7 @@ def decode_kernel(
     to = (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP  # the group's first head among all rows' heads
 
     first = tl.maximum(position - window + 1, 0)
-    end = position if IS_FUSED else position + 1
+    end = position  # the token itself is added below
     first_tile = first // TILE
     end_tile = tl.where(end > first, (end + TILE - 1) // TILE, first_tile)
     num_active = (end_tile - first_tile + tiles_per_split - 1) // tiles_per_split
@@ -167,7 +172,7 @@ def decode_kernel(
     table = block_tables + slot.to(tl.int64) * table_stride
     tile = first_tile + split
     if EARLY:  # the first tile is on its way while the predecessor still computes q
-        first_k, first_v, first_seen = _load_tile(
+        first_k, first_v, first_seen = load_tile(
             keys, values, table, tile, first, end, kv_head, NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, TILE
         )
         if PDL:
@@ -176,15 +181,12 @@ def decode_kernel(
     maximum = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
     attended = tl.zeros([PADDED_GROUP, DIM], tl.float32)
-    if IS_FUSED:
-        cos += position.to(tl.int64) * (HEAD_DIM // 2)
-        sin += position.to(tl.int64) * (HEAD_DIM // 2)
-        source = qkv + row.to(tl.int64) * (NUM_KV_HEADS * (GROUP + 2) * HEAD_DIM)
-        group = source + kv_head * GROUP * HEAD_DIM
-        q = load_heads(group, heads, heads < GROUP, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM)
-    else:
-        q = tl.load(qkv + (to + heads[:, None]) * HEAD_DIM + dims[None, :], mask=is_value, other=0.0)
-    if IS_FUSED and split == 0:  # the token itself
+    cos += position.to(tl.int64) * (HEAD_DIM // 2)
+    sin += position.to(tl.int64) * (HEAD_DIM // 2)
+    source = qkv + row.to(tl.int64) * (NUM_KV_HEADS * (GROUP + 2) * HEAD_DIM)
+    group = source + kv_head * GROUP * HEAD_DIM
+    q = load_heads(group, heads, heads < GROUP, cos, sin, q_norm, eps, HEAD_DIM, DIM, HAS_NORM)
+    if split == 0:  # the token itself
         own = source + (NUM_KV_HEADS * GROUP + kv_head) * HEAD_DIM
         one = tl.arange(0, 1)
         own_k = load_heads(own, one, one == 0, cos, sin, k_norm, eps, HEAD_DIM, DIM, HAS_NORM)
@@ -202,7 +204,7 @@ def decode_kernel(
             maximum, total, attended = _attend(q, first_k, first_v, first_seen, scale, maximum, total, attended)
         tile += num_active
     for each in range(tile, end_tile, num_active):
-        k, v, seen = _load_tile(
+        k, v, seen = load_tile(
             keys, values, table, each, first, end, kv_head, NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, TILE
         )
         maximum, total, attended = _attend(q, k, v, seen, scale, maximum, total, attended)
