@@ -18,6 +18,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 
 MAX_GRAMMAR_CHARS = 65536
+MAX_LOGIT_BIAS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,18 @@ class Grammar:
 class SamplingParams:
     """How the next token is chosen. The default is greedy.
 
-    The order of operations is: grammar, penalties, temperature, top-k, top-p, min-p, draw. A token that
+    The order of operations is: grammar, biases, penalties, temperature, top-k, top-p, min-p, draw. A token that
     the grammar does not allow has probability 0 from the first of them on.
+
+    Args:
+        logit_bias: token ids, each with what is added to its logit, -100 to 100.
 
     Raises:
         RequestError: a value outside its range.
     """
 
     max_tokens: int = option(128, "most tokens to generate")
+    min_tokens: int = option(0, "tokens before the output may end by a token or a stop string")
     temperature: float = option(0.0, "0 is greedy; higher is more random")
     top_k: int | None = option(None, "draw from the K most probable tokens")
     top_p: float = option(1.0, "draw from the fewest tokens that hold this probability")
@@ -82,11 +87,13 @@ class SamplingParams:
     ignore_eos: bool = option(False, "go on after the end-of-sequence token")
     logprobs: int | None = option(None, "log-probabilities of the N most probable tokens")
     n: int = option(1, "continuations of each prompt")
+    logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         limits = (
             ("max_tokens", self.max_tokens, 1, math.inf),
+            ("min_tokens", self.min_tokens, 0, self.max_tokens),
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_k", 1 if self.top_k is None else self.top_k, 1, math.inf),
             ("top_p", self.top_p, 1e-9, 1.0),
@@ -101,6 +108,10 @@ class SamplingParams:
             if not low <= value <= high:  # NaN fails every comparison, so it is refused too
                 allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise RequestError(f"{name} must be {allowed}, got {value}")
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias names a token twice")
+        if not all(abs(bias) <= MAX_LOGIT_BIAS for _, bias in self.logit_bias):
+            raise RequestError(f"a logit_bias must be between -{MAX_LOGIT_BIAS} and {MAX_LOGIT_BIAS}")
         if any(not text for text in self.stop):
             raise RequestError("a stop string must not be empty")
 

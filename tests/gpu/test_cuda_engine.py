@@ -229,6 +229,8 @@ MIXED = [
     greedy("g3", 513),
     greedy("s4", 16, temperature=1.0, seed=5, max_tokens=90),
     greedy("g4", 129, max_tokens=80),
+    greedy("b0", 50, logit_bias=((7, 4.0), (8, -100.0)), logprobs=2),
+    greedy("b1", 60, temperature=1.0, seed=6, min_tokens=20, stop_token_ids=tuple(range(4, 300))),
 ]
 
 

@@ -95,6 +95,28 @@ def test_logprobs(client: OpenAI) -> None:
     assert "".join(logprobs.tokens) == completion.choices[0].text
 
 
+def test_logit_bias_and_min_tokens(client: OpenAI) -> None:
+    def token_ids(logit_bias: dict[str, int], **extra: Any) -> list[int]:
+        answer = client.completions.create(
+            model="tiny-llama",
+            prompt="The",
+            logit_bias=logit_bias,
+            extra_body={"return_token_ids": True, **extra},
+            **GREEDY,
+        )
+        return answer.choices[0].token_ids  # type: ignore[attr-defined,no-any-return]
+
+    first = token_ids({})[0]
+    assert token_ids({str(first): 100}) == [first] * GREEDY["max_tokens"]
+    assert first not in token_ids({str(first): -100})
+    assert token_ids({}, stop_token_ids=[first]) == [first]
+    late = token_ids({}, stop_token_ids=[first], min_tokens=8)
+    assert len(late) > 8
+    assert first not in late[:8]
+    with pytest.raises(openai.BadRequestError, match="logit_bias: token ids must be between 0 and 4095"):
+        token_ids({"999999": 1})
+
+
 def test_several_prompts_and_token_ids(client: OpenAI) -> None:
     prompts = ["The model", "A list"]
     both = client.completions.create(model="tiny-llama", prompt=prompts, **GREEDY)

@@ -15,6 +15,7 @@ def test_default_is_greedy() -> None:
     ("name", "values"),
     [
         ("max_tokens", (0, -1)),
+        ("min_tokens", (-1, 129)),
         ("temperature", (-0.1, math.nan, math.inf)),
         ("top_k", (0, -1)),
         ("top_p", (0.0, 1.1, math.nan)),
@@ -34,6 +35,19 @@ def test_value_out_of_range_names_the_field_and_the_range(name: str, values: tup
 
 def test_edges_of_the_ranges_are_allowed() -> None:
     SamplingParams(max_tokens=1, temperature=0.0, top_k=1, top_p=1.0, min_p=1.0, logprobs=20, n=128)
+
+
+@pytest.mark.parametrize(
+    ("biases", "reason"),
+    [
+        (((5, 100.5),), "a logit_bias must be between -100 and 100"),
+        (((5, math.nan),), "a logit_bias must be between -100 and 100"),
+        (((5, 1.0), (5, 1.0)), "logit_bias names a token twice"),
+    ],
+)
+def test_a_bias_beyond_its_range_is_refused(biases: tuple[tuple[int, float], ...], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        SamplingParams(logit_bias=biases)
 
 
 def test_empty_stop_string_and_empty_prompt_are_refused() -> None:

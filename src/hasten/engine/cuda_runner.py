@@ -6,8 +6,8 @@ tokens, of prompts and of decodes, is a graph as well: kernel by kernel the CPU 
 launch it than the GPU to compute it. What a sequence needs from step to step stays on the GPU, in
 the row of its slot: block table, last token, sampling parameters. So the host can launch a step
 before it knows the tokens of the one before.
-Where a row has a grammar, the step draws its tokens a second time, after its graph: the masks are
-computed while the model is.
+Where a row has a grammar or biases, the step draws its tokens a second time, after its graph: the masks
+are computed while the model is.
 
 The invariant: steps run in the order of their launch, on one stream. At most two are under way,
 so the pinned memory that steps exchange with the host is used in turn.
@@ -22,6 +22,7 @@ import torch
 
 from hasten.engine.config import EngineConfig, decode_buckets
 from hasten.engine.cuda_rows import mask_logits, row_logprobs, sampled_token, to_gpu
+from hasten.engine.logit_bias import add_biases, biases
 from hasten.engine.model_runner import Collect, ModelRunner, OnCaptured
 from hasten.engine.sampler import SampledToken, is_plain
 from hasten.engine.scheduler import Schedule, ScheduledChunk
@@ -142,7 +143,9 @@ class CudaRunner(ModelRunner):
         self._num_steps += 1
         is_plain_step = all(is_plain(chunk.sequence.sampling) for chunk in drawing)
         masked = {row: matcher for row, chunk in enumerate(drawing) if (matcher := chunk.sequence.matcher) is not None}
-        is_greedy = is_plain_step or bool(masked)  # a first draw that a second follows must not count its tokens
+        added = biases((chunk.sequence, _num_output_tokens(chunk)) for chunk in drawing)
+        is_drawn_twice = bool(masked or added)
+        is_greedy = is_plain_step or is_drawn_twice  # a first draw that a second follows must not count its tokens
         with torch.inference_mode():
             if prompts:
                 with phase("prefill", on_gpu=True):
@@ -152,6 +155,9 @@ class CudaRunner(ModelRunner):
                     logits, tokens = self._run_decodes(decodes, ring, is_greedy=is_greedy)
             if masked:
                 mask_logits(logits, masked)
+            if added:
+                add_biases(logits, added, to_gpu)
+            if is_drawn_twice:
                 self._draw(logits, self._rows(len(tokens)), tokens, is_greedy=is_plain_step)
             logprobs = row_logprobs(drawing, logits, tokens)
         done = torch.cuda.Event()
@@ -368,4 +374,9 @@ def _uniform(chunk: ScheduledChunk) -> float:
     sequence = chunk.sequence
     if sequence.random_seed is None:
         return 0.0
-    return uniform(sequence.random_seed, chunk.start + chunk.num_tokens - sequence.num_prompt_tokens)
+    return uniform(sequence.random_seed, _num_output_tokens(chunk))
+
+
+def _num_output_tokens(chunk: ScheduledChunk) -> int:
+    """Tokens of the output before the one that the chunk draws."""
+    return chunk.start + chunk.num_tokens - chunk.sequence.num_prompt_tokens

@@ -64,7 +64,7 @@ class Engine:
         self._compiling: dict[str, tuple[Request, futures.Future[CompiledGrammar]]] = {}
         self._in_flight: tuple[Schedule, Collect] | None = None
         self._vocab_size = vocab_size
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._eos_token_ids = tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
         self._num_arrivals = 0
         self._active_ids: dict[str, int] = {}  # request id -> continuations that have not ended
         self._pending: list[TokenEvent] = []
@@ -217,9 +217,16 @@ class Engine:
                 f"{name}: the prompt has {num_tokens} tokens and the KV cache room for {num_cache_tokens}: "
                 "shorten the prompt or raise num_blocks"
             )
-        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self._vocab_size:
-            wrong = next(each for each in request.prompt_token_ids if not 0 <= each < self._vocab_size)
-            raise RequestError(f"{name}: token id {wrong} is not between 0 and {self._vocab_size - 1}")
+        sampling = request.sampling
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for what, token_ids in (
+            ("", request.prompt_token_ids),
+            ("logit_bias: ", biased),
+            ("stop_token_ids: ", sampling.stop_token_ids),
+        ):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                wrong = next(each for each in token_ids if not 0 <= each < self._vocab_size)
+                raise RequestError(f"{name}: {what}token id {wrong} is not between 0 and {self._vocab_size - 1}")
 
     def _too_long(self, sequence: Sequence) -> str:
         return (

@@ -41,22 +41,30 @@ _JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 class Matcher:
     """Where one sequence is in its grammar.
 
+    Args:
+        ignored_token_ids: not drawn where anything else can follow.
+        early_token_ids: likewise, while there are fewer than min_tokens.
+
     Attributes:
         is_complete: whether the output is accepted and nothing but an end token can follow.
         error: why the sequence cannot go on; None while it can.
     """
 
-    def __init__(self, matcher: LLMatcher, ignored_token_ids: Items[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, ignored_token_ids: Items[int], early_token_ids: Items[int], min_tokens: int
+    ) -> None:
         self.is_complete = False
         self.error: str | None = None
         self.matcher = matcher
-        self._ignored_token_ids = ignored_token_ids
+        self._ignored_token_ids, self._early_token_ids = ignored_token_ids, early_token_ids
+        self._num_missing = min_tokens
         self._following_s = 0.0
 
     def accept(self, token_id: int) -> None:
         """Takes the next token, one that the last mask allowed."""
         start_s = time.perf_counter()
         self.matcher.consume_token(token_id)
+        self._num_missing -= 1
         self._following_s += time.perf_counter() - start_s
         self.is_complete = self.matcher.is_stopped()
         self._check()
@@ -66,13 +74,14 @@ class Matcher:
     def settle(self, mask: np.ndarray) -> None:
         """Takes from a mask that llguidance wrote what must not be drawn; after an error, that is everything."""
         self._check()
+        held_back = (*self._ignored_token_ids, *(self._early_token_ids if self._num_missing > 0 else ()))
         if self.error is not None:
             mask[:] = 0
-        elif self._ignored_token_ids:
+        elif held_back:
             kept = mask.view(np.uint32).copy()
-            for token_id in self._ignored_token_ids:
+            for token_id in held_back:
                 kept[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-            if kept.any():  # else only an end token can follow
+            if kept.any():  # else nothing but these can follow
                 mask[:] = kept.view(np.int32)
 
     def _check(self) -> None:
@@ -101,13 +110,14 @@ class CompiledGrammar:
         self._matcher = matcher
         self._eos_token_ids = eos_token_ids
 
-    def matcher(self, *, ignore_eos: bool) -> Matcher:
-        """The start of one output.
+    def matcher(self, *, ignore_eos: bool, early_token_ids: Items[int] = (), min_tokens: int = 0) -> Matcher:
+        """The start of one output; see Matcher.
 
         Args:
             ignore_eos: draws end tokens only where nothing else can follow.
         """
-        return Matcher(self._matcher.deep_copy(), self._eos_token_ids if ignore_eos else ())
+        ignored = self._eos_token_ids if ignore_eos else ()
+        return Matcher(self._matcher.deep_copy(), ignored, early_token_ids, min_tokens)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

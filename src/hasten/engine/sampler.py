@@ -1,6 +1,6 @@
 """Chooses each sequence's next token from its logits.
 
-The order is: grammar, penalties, temperature, top-k, top-p, min-p, draw.
+The order is: grammar, biases (`logit_bias`), penalties, temperature, top-k, top-p, min-p, draw.
 - grammar: the logits of tokens that it does not allow become -inf, which none of the later steps
   changes, so such a token is never drawn; log-probabilities are those of the tokens allowed;
 - repetition penalty r: a token of prompt or output has its logit divided by r if positive,
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from hasten.engine.grammar import write_masks
+from hasten.engine.logit_bias import add_biases, biases
 from hasten.engine.sequence import Sequence, uniform
 from hasten.request import SamplingParams
 
@@ -69,6 +70,8 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToke
         logits: [num_seqs, vocab_size] float32; changed in place.
     """
     _mask(logits, sequences)
+    if added := biases((sequence, sequence.num_output_tokens) for sequence in sequences):
+        add_biases(logits, added)
     if all(is_plain(sequence.sampling) for sequence in sequences):
         best = logits.max(dim=-1)
         return [_chosen(token_id, value) for token_id, value in _rows(best.indices, best.values)]

@@ -130,7 +130,13 @@ def make_sequences(
             max_total_tokens=min(len(request.prompt_token_ids) + sampling.max_tokens, max_model_tokens),
             stop_token_ids=stop_token_ids,
             random_seed=None if sampling.is_greedy else _random_seed(sampling.seed, index),
-            matcher=None if grammar is None else grammar.matcher(ignore_eos=sampling.ignore_eos),
+            matcher=None
+            if grammar is None
+            else grammar.matcher(
+                ignore_eos=sampling.ignore_eos,
+                early_token_ids=tuple(stop_token_ids),
+                min_tokens=sampling.min_tokens,
+            ),
         )
         for index in range(sampling.n)
     )

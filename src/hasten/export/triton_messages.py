@@ -20,7 +20,7 @@ from hasten.config import nearest
 from hasten.errors import EngineUnavailableError, HastenError, RequestError
 from hasten.request import SamplingParams
 
-ALIASES = {"stop_words": "stop", "request_output_len": "max_tokens"}
+ALIASES = {"stop_words": "stop", "request_output_len": "max_tokens", "min_length": "min_tokens"}
 
 
 def _flag(value: Any) -> bool:
@@ -42,6 +42,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 SAMPLING: dict[str, Callable[[Any], Any]] = {
     "max_tokens": int,
+    "min_tokens": int,
     "temperature": float,
     "top_k": _count_or_all,
     "top_p": float,

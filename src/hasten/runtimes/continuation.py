@@ -91,6 +91,8 @@ def refusal(request: Request, limits: ModelLimits) -> str | None:
     penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
     if not limits.samples and not (sampling.is_greedy and penalties == (1.0, 0.0, 0.0)):
         return "this runtime is greedy only here: set temperature 0 and no penalties, or use the native runtime"
+    if sampling.logit_bias or sampling.min_tokens:
+        return "this runtime takes neither logit_bias nor min_tokens: use the native runtime"
     if sampling.grammar is not None:
         return "this runtime does not follow grammars: use the native runtime"
     if sampling.logprobs is not None and not limits.has_logprobs:

@@ -157,7 +157,9 @@ class _Writer:
             if event.logprob is not None:
                 self._logprobs.append(event.logprob)
             if event.finish_reason != "stop":  # an end-of-sequence or stop token is no text
-                piece = self._matcher.add(self._detokenizer.add(event.token_id))
+                piece = self._detokenizer.add(event.token_id)
+                if len(self._token_ids) > self.request.sampling.min_tokens:
+                    piece = self._matcher.add(piece)
         if event.finish_reason is not None and not self._matcher.is_stopped:
             piece += self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
         self.finish_reason = "stop" if self._matcher.is_stopped else event.finish_reason

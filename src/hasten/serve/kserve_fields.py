@@ -75,6 +75,7 @@ class GenerateInference(Inference):
     max_tokens: Annotated[int | None, Spec("INT32")] = Field(
         None, ge=1, le=INT32, description="128 if absent, or what fits"
     )
+    min_tokens: Annotated[int, Spec("INT32")] = Field(0, ge=0, le=INT32, description="before the output may end")
     temperature: Annotated[float, Spec("FP32")] = Field(0.0, ge=0, le=100, description="0 is greedy")
     top_k: Annotated[int, Spec("INT32")] = Field(0, ge=-1, le=INT32, description="0 and -1 are off")
     top_p: Annotated[float, Spec("FP32")] = Field(1.0, gt=0, le=1)
@@ -111,6 +112,7 @@ class GenerateInference(Inference):
         """As the engine takes it. Raises RequestError."""
         return SamplingParams(
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_k=self.top_k if self.top_k > 0 else None,
             top_p=self.top_p,

@@ -31,7 +31,12 @@ class GeneratingModel(KServeModel[GenerateInference]):
 
     is_decoupled = True
     # of Triton's TensorRT-LLM and vLLM models
-    other_names: ClassVar = {"stop": "stop_words", "random_seed": "seed", "request_output_len": "max_tokens"}
+    other_names: ClassVar = {
+        "stop": "stop_words",
+        "random_seed": "seed",
+        "request_output_len": "max_tokens",
+        "min_length": "min_tokens",
+    }
 
     @cached_property
     def outputs(self) -> Mapping[str, Spec]:
@@ -56,7 +61,8 @@ class GeneratingModel(KServeModel[GenerateInference]):
         prompt = inference.prompt
         token_ids = await service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = service.output_room(token_ids)
-        sampling = inference.sampling(inference.max_tokens or min(DEFAULT_MAX_TOKENS, room))
+        service.check_vocabulary(inference.stop_token_ids, "stop_token_ids")
+        sampling = inference.sampling(inference.max_tokens or min(max(DEFAULT_MAX_TOKENS, inference.min_tokens), room))
         timeout_s = inference.timeout / 1e6 if inference.timeout else None
         generation = await service.open(token_ids, sampling, priority=inference.priority, timeout_s=timeout_s)
         return GenerationAnswer(inference, generation, is_stream=is_stream and inference.stream is not False)

@@ -49,7 +49,8 @@ def openai_router(service: Service) -> APIRouter:
                 for prompt in body.prompts
             ]
             room = min(service.output_room(prompt) for prompt in prompts)
-        sampling = body.sampling(body.max_tokens or min(DEFAULT_MAX_TOKENS, room), body.logprobs)
+        max_tokens = body.max_tokens or min(max(DEFAULT_MAX_TOKENS, body.min_tokens), room)
+        sampling = body.sampling(max_tokens, body.logprobs)
         form = CompletionFormat(record.request_id, service, body, prompts)
         return await _answer(service, body, record, prompts, sampling, form)
 
@@ -81,6 +82,12 @@ async def _answer(
     form: AnswerFormat,
 ) -> Response:
     """Runs the prompts of one request; choice i * n + j is continuation j of prompt i."""
+    for field, token_ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+    ):
+        with blaming(field):
+            service.check_vocabulary(token_ids, field)
     async with AsyncExitStack() as stack:
         generations: list[Generation] = []
         for prompt in prompts:

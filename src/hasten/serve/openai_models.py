@@ -12,14 +12,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from hasten.errors import RequestError
-from hasten.request import Grammar, SamplingParams
+from hasten.request import MAX_LOGIT_BIAS, Grammar, SamplingParams
 
 INT32 = 2**31 - 1
 MAX_PROMPTS = 1024
 MAX_INPUTS = 2048  # of one request for embeddings
 MAX_STOPS = 16
+MAX_BIASES = 1024
 
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+TokenIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]  # a key of JSON is text
+LogitBias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 EmbeddedText = Annotated[str, StringConstraints(min_length=1)]
 
@@ -41,7 +44,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -144,6 +146,7 @@ class SamplingFields(OpenAIModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    logit_bias: dict[TokenIdText, LogitBias] = Field({}, max_length=MAX_BIASES)
 
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = Field(None, ge=-1, le=INT32, description="0 and -1 are off")
@@ -151,6 +154,7 @@ class SamplingFields(OpenAIModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     stop_token_ids: list[TokenId] = Field(default=[], max_length=1024)
     ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, le=INT32)
     priority: int = Field(0, ge=-INT32, le=INT32, description="where requests wait, lower goes first")
     return_token_ids: bool = Field(False, description="the prompt's and the output's token ids beside the text")
 
@@ -188,6 +192,7 @@ class SamplingFields(OpenAIModel):
         """As the engine takes it. Raises RequestError for values that only it knows to be wrong."""
         return SamplingParams(
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_k=self.top_k if self.top_k and self.top_k > 0 else None,
             top_p=self.top_p,
@@ -201,6 +206,7 @@ class SamplingFields(OpenAIModel):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             n=self.n,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             grammar=self.grammar,
         )
 

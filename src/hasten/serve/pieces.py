@@ -93,6 +93,7 @@ class ContinuationText:
         self._wants_logprobs = sampling.logprobs is not None
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -125,7 +126,7 @@ class ContinuationText:
         return piece
 
     def _write(self, text: str) -> None:
-        if self._matcher is not None:
+        if self._matcher is not None and self.num_tokens > self._min_tokens:
             text = self._matcher.add(text)
             if self._matcher.is_stopped:
                 self.finish_reason = "stop"

@@ -141,11 +141,11 @@ class Service:
         self.check_vocabulary(prompt_token_ids)
         return room
 
-    def check_vocabulary(self, token_ids: Sequence[int]) -> None:
-        """Raises RequestError if a token is outside the model's vocabulary."""
+    def check_vocabulary(self, token_ids: Sequence[int], field: str = "") -> None:
+        """Raises RequestError if a token of a request's field is outside the model's vocabulary."""
         vocab_size = self.client.facts.vocab_size
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise RequestError(f"token ids must be between 0 and {vocab_size - 1}")
+            raise RequestError(f"{field and f'{field}: '}token ids must be between 0 and {vocab_size - 1}")
 
     async def open(
         self,

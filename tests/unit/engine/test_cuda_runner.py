@@ -132,6 +132,8 @@ REQUESTS = [
     greedy("b", 33, logprobs=2),
     greedy("c", 17, temperature=1.0, seed=1, n=2),
     greedy("d", 40, repetition_penalty=1.3, max_tokens=1),
+    greedy("e", 9, logit_bias=((7, 4.0), (8, -4.0)), temperature=0.7, seed=3),
+    greedy("f", 21, min_tokens=3, stop_token_ids=tuple(range(4, 90)), max_tokens=9),
 ]
 
 

@@ -45,6 +45,18 @@ def test_eos_token_ends_a_continuation_and_is_reported(
     assert tokens_in(run(engine, [request(max_tokens=20, ignore_eos=True)])["r", 0]) == tokens
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_min_tokens_come_before_an_end(
+    make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected, *, overlaps: bool
+) -> None:
+    end = expected_tokens([1, 2, 3], 20)[3]
+    engine = make_engine(eos_token_ids=[end], overlaps=overlaps)
+    free, bound = (run(engine, [request(max_tokens=40, min_tokens=count)])["r", 0] for count in (0, 12))
+    assert len(free) <= 4
+    assert end not in tokens_in(bound)[:12]
+    assert len(bound) > 12
+
+
 def test_stop_token_ids_hold_even_without_eos(
     make_engine: Callable[..., Engine], run: Run, expected_tokens: Expected
 ) -> None:
@@ -77,6 +89,20 @@ def test_request_that_can_never_run_is_refused(
     with pytest.raises(RequestError, match=message):
         engine.add_request(request(prompt=prompt))
     assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"logit_bias": ((3, 1.0), (50, 1.0))}, "logit_bias: token id 50 is not between 0 and 49"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids: token id -1 is not between 0 and 49"),
+    ],
+)
+def test_tokens_outside_the_vocabulary_are_refused(
+    make_engine: Callable[..., Engine], sampling: dict, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        make_engine().add_request(request(**sampling))
 
 
 def test_request_id_may_be_used_again_once_it_has_ended(make_engine: Callable[..., Engine], run: Run) -> None:

@@ -72,6 +72,19 @@ def test_ignored_end_tokens_are_allowed_only_where_nothing_else_is(compiler: Gra
     assert allowed(matcher) == [set(EOS)]
 
 
+def test_early_end_tokens_are_allowed_only_where_nothing_else_is(compiler: GrammarCompiler) -> None:
+    grammar = compiled(compiler, "regex", "c{1,9}")
+    matcher = grammar.matcher(ignore_eos=False, early_token_ids=EOS, min_tokens=3)
+    for _ in range(2):
+        follow(matcher, "c")
+        assert allowed(matcher) == [{SPELLED["c"]}]
+    follow(matcher, "c")
+    assert allowed(matcher) == [{SPELLED["c"], *EOS}]
+    short = compiled(compiler, "regex", "c").matcher(ignore_eos=False, early_token_ids=EOS, min_tokens=3)
+    follow(short, "c")
+    assert allowed(short) == [set(EOS)]
+
+
 def test_matchers_of_one_grammar_go_their_own_ways(compiler: GrammarCompiler) -> None:
     grammar = compiled(compiler, "lark", 'start: "c" "d" | "d" "c"')
     first, second = grammar.matcher(ignore_eos=False), grammar.matcher(ignore_eos=False)

@@ -8,6 +8,7 @@ from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -67,6 +68,43 @@ def test_penalties_change_what_greedy_takes() -> None:
     logits[0, 3], logits[0, 4] = 1.0, 0.9
     (token,) = sample(logits, [sequence_with(output=(3,), presence_penalty=0.5)])
     assert token.token_id == 4
+
+
+def test_biases_are_those_of_transformers_and_of_their_row_alone() -> None:
+    logits = random_logits(3, 2.0)
+    bias = {5: 3.5, 7: -100.0, 2999: 0.25}
+    expected = logits.clone()
+    expected[1:2] = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})(
+        torch.tensor([[1]]), logits[1:2].clone()
+    )
+    sample(logits, [sequence_with(), sequence_with(logit_bias=tuple(bias.items())), sequence_with()])
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_bias_decides_what_is_chosen(temperature: float) -> None:
+    wanted = sequence_with(temperature=temperature, logit_bias=((42, 100.0),))
+    best = int(random_logits(1, 1.0).argmax())
+    unwanted = sequence_with(temperature=temperature, logit_bias=((best, -100.0),))
+    tokens = [sample(random_logits(2, 1.0)[:1].repeat(2, 1), [wanted, unwanted]) for _ in range(20)]
+    assert {first.token_id for first, _ in tokens} == {42}
+    assert best not in {second.token_id for _, second in tokens}
+
+
+def test_logprobs_are_after_biases() -> None:
+    logits = random_logits(1, 1.0)
+    biased = logits.clone()
+    biased[0, 42] += 10.0
+    (token,) = sample(logits, [sequence_with(logprobs=2, logit_bias=((42, 10.0),))])
+    assert (token.token_id, token.logprob) == (42, biased.log_softmax(-1)[0, 42].item())
+
+
+def test_no_end_before_min_tokens() -> None:
+    request = Request("r", (1, 2), SamplingParams(min_tokens=2, stop_token_ids=(6,)))
+    (sequence,) = make_sequences(request, 0, (7,), 10_000)
+    logits = torch.zeros(1, 10)
+    logits[0, 6], logits[0, 7], logits[0, 3] = 3.0, 2.0, 1.0
+    assert generate(sequence, logits, 3) == [3, 3, 6]
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])

@@ -41,6 +41,8 @@ def test_what_ends_a_continuation(sampling: SamplingParams, token: int, reason: 
         (Request("r", (1,), SamplingParams(repetition_penalty=1.1)), "greedy"),
         (Request("r", (1,), SamplingParams(logprobs=1)), "log-probabilities"),
         (Request("r", (1,), SamplingParams(grammar=Grammar("regex", "a"))), "does not follow grammars"),
+        (Request("r", (1,), SamplingParams(logit_bias=((1, 1.0),))), "takes neither logit_bias nor min_tokens"),
+        (Request("r", (1,), SamplingParams(min_tokens=1)), "takes neither logit_bias nor min_tokens"),
     ],
 )
 def test_what_is_refused_and_why(request_: Request, words: str) -> None:

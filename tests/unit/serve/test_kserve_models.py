@@ -79,6 +79,7 @@ def test_all_sampling_inputs_reach_the_engine() -> None:
         "seed": 5,
         "stop_token_ids": [3],
         "ignore_eos": True,
+        "min_tokens": 4,
     }
     told = model().read_values({"text_input": "Hi", "stop_words": ["a", "b"]}, values)
     expected = SamplingParams(**(values | {"stop": ("a", "b"), "stop_token_ids": (3,), "max_tokens": 9}))
@@ -87,8 +88,10 @@ def test_all_sampling_inputs_reach_the_engine() -> None:
 
 
 def test_names_of_tritons_other_models_are_known() -> None:
-    told = model().read_values({"text_input": "Hi", "stop": "a", "random_seed": 3, "request_output_len": 4})
-    assert (told.sampling(4).stop, told.seed, told.max_tokens) == (("a",), 3, 4)
+    told = model().read_values(
+        {"text_input": "Hi", "stop": "a", "random_seed": 3, "request_output_len": 4, "min_length": 2}
+    )
+    assert (told.sampling(4).stop, told.seed, told.max_tokens, told.min_tokens) == (("a",), 3, 4, 2)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,8 @@ def test_sampling_parameters_reach_the_engine() -> None:
         "frequency_penalty": -0.5,
         "repetition_penalty": 1.1,
         "ignore_eos": True,
+        "min_tokens": 2,
+        "logit_bias": {"5": 1, "07": -100.0},
         "priority": -3,
         "user": "somebody",
         "logprobs": None,
@@ -225,6 +227,7 @@ def test_sampling_parameters_reach_the_engine() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, None, 0.1)
     assert (sampling.seed, sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (-5, ("END",), (9,), True)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -0.5, 1.1)
+    assert (sampling.min_tokens, sampling.logit_bias) == (2, ((5, 1.0), (7, -100.0)))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,14 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "x", "echo": True}, 400, "echo"),
         ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
-        ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "stop_token_ids": [99999]}, 400, "stop_token_ids"),
+        ({"prompt": "x", "logit_bias": {"99999": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"-5": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"five": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": "1"}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": 1, "05": 1}}, 400, None),
+        ({"prompt": "x", "max_tokens": 5, "min_tokens": 6}, 400, None),
         ({"prompt": "x", "stream_options": {"x": 1}}, 400, "stream_options"),
         ({"prompt": "x", "stream_options": {"continuous_usage_stats": True}}, 400, "stream_options"),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "response_format"),

@@ -55,6 +55,12 @@ def test_a_stop_string_ends_the_text_before_it(at_once: int) -> None:
     assert pieces[-1].finish_reason == "stop"
 
 
+def test_a_stop_string_among_the_first_min_tokens_is_text() -> None:
+    start = len(TEXT_IDS)
+    pieces = pieces_of(TEXT_IDS * 2, stop=("aloud, tok",), min_tokens=start)
+    assert "".join(piece.text for piece in pieces) == TEXT + TEXT.partition("aloud, tok")[0]
+
+
 def test_what_only_looked_like_a_stop_string_is_text() -> None:
     pieces = pieces_of(TEXT_IDS, stop=("again. but",))
     assert "".join(piece.text for piece in pieces) == TEXT
