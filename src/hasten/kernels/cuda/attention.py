@@ -131,7 +131,6 @@ class CudaAttention:
         Args:
             is_long: see `is_long`; any step runs either way, one of them is faster.
         """
-
         return lambda qkv, layer: self._decode(qkv, layer, rows, kv_cache, is_long=is_long)
 
     def _decode(

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MIN_TOKENS = 512
-"""Prompts up to so many tokens are as fast in `ragged_attention`."""
+"""Prompts of no more tokens are as fast in `ragged_attention`."""
 
 
 def recurring_length(num_tokens: int) -> int:
