@@ -14,6 +14,9 @@ from hasten.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and the most probable tokens in its place with theirs, best first."""
+
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 
@@ -67,6 +70,7 @@ class SamplingParams:
 
     Args:
         logit_bias: token ids, each with what is added to its logit, -100 to 100.
+        prompt_logprobs: as logprobs, of the prompt's own tokens under the model alone.
 
     Raises:
         RequestError: a value outside its range.
@@ -88,6 +92,7 @@ class SamplingParams:
     logprobs: int | None = option(None, "log-probabilities of the N most probable tokens")
     n: int = option(1, "continuations of each prompt")
     logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +106,8 @@ class SamplingParams:
             ("repetition_penalty", self.repetition_penalty, 1e-6, 100.0),
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
-            ("logprobs", 0 if self.logprobs is None else self.logprobs, 0, 20),
+            ("logprobs", self.logprobs or 0, 0, 20),
+            ("prompt_logprobs", self.prompt_logprobs or 0, 0, 20),
             ("n", self.n, 1, 128),
         )
         for name, value, low, high in limits:
@@ -160,6 +166,8 @@ class TokenEvent:
         started_s: as time_s, when the continuation's first step was scheduled; on its first token, where
             the runtime tells.
         num_cached_tokens: of the prompt, which the prefix cache had; where started_s is.
+        prompt_logprobs: of the prompt's tokens behind the first, in an event of their own, without a token, before
+            the continuation's first, if asked for.
     """
 
     request_id: str
@@ -172,6 +180,7 @@ class TokenEvent:
     error: str | None = None
     started_s: float | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from openai import AsyncOpenAI, OpenAI
 from serve_process import MODEL, ServeProcess
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hasten.pipeline.config import GenerateConfig
 from hasten.pipeline.generate import generate
@@ -115,6 +117,35 @@ def test_logit_bias_and_min_tokens(client: OpenAI) -> None:
     assert first not in late[:8]
     with pytest.raises(openai.BadRequestError, match="logit_bias: token ids must be between 0 and 4095"):
         token_ids({"999999": 1})
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_echoed_prompt_has_the_logprobs_of_transformers(client: OpenAI, *, is_stream: bool) -> None:
+    """As evaluation harnesses ask for the likelihood of a text."""
+    text = "The model is loaded from a file.\n\nimport os\n" * 12
+    answer: Any = client.completions.create(
+        model="tiny-llama", prompt=text, max_tokens=2, temperature=0, echo=True, logprobs=1, stream=is_stream
+    )
+    choices = [chunk.choices[0] for chunk in answer] if is_stream else [answer.choices[0]]
+    found = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    logprobs, top = (
+        [each for one in found for each in getattr(one, name)] for name in ("token_logprobs", "top_logprobs")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    token_ids = tokenizer.encode(text)
+    assert len(token_ids) > 128
+    assert "".join(choice.text for choice in choices).startswith(text)
+    assert logprobs[0] is None and top[0] is None
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        expected = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+    targets = torch.tensor(token_ids[1:])
+    likelihoods = expected[:-1].gather(1, targets.unsqueeze(1)).squeeze(1)
+    assert logprobs[1 : len(token_ids)] == pytest.approx(likelihoods.tolist(), abs=1e-3)
+    assert [max(each.values()) for each in top[1 : len(token_ids)]] == pytest.approx(
+        expected[:-1].max(-1).values.tolist(), abs=1e-3
+    )
+    assert len(logprobs) == len(top) == len(token_ids) + 2
 
 
 def test_several_prompts_and_token_ids(client: OpenAI) -> None:

@@ -24,6 +24,7 @@ def test_default_is_greedy() -> None:
         ("presence_penalty", (-2.1, 2.1)),
         ("frequency_penalty", (-2.1, 2.1, math.nan)),
         ("logprobs", (-1, 21)),
+        ("prompt_logprobs", (-1, 21)),
         ("n", (0, 129)),
     ],
 )

@@ -2,7 +2,8 @@
 
 Where the device works beside Python, a step is launched before the tokens of the last one are
 collected, so that the device never waits for Python (overlap scheduling). A request with a grammar
-is queued when the grammar has been compiled, which the others do not wait for.
+is queued when the grammar has been compiled, which the others do not wait for. One that wants its prompt's
+log-probabilities is queued when they are computed, a chunk between two steps.
 
 Every request that `add_request` accepted ends in one event with a finish_reason for each of
 its continuations. Its blocks are free as soon as it ends.
@@ -21,9 +22,10 @@ from hasten.engine.block_manager import BlockManager, BlockTable
 from hasten.engine.config import EngineConfig
 from hasten.engine.grammar import CompiledGrammar, GrammarCompiler
 from hasten.engine.model_runner import Collect, Runner
+from hasten.engine.prompt_scorer import CHUNK_TOKENS, PromptScorer
 from hasten.engine.scheduler import Schedule, Scheduler
 from hasten.engine.sequence import Sequence, make_sequences
-from hasten.errors import RequestError
+from hasten.errors import OutOfBlocksError, RequestError
 from hasten.request import FinishReason, Request, TokenEvent
 
 OUT_OF_MEMORY = (
@@ -62,6 +64,7 @@ class Engine:
         self._runner = runner
         self._grammars = grammars
         self._compiling: dict[str, tuple[Request, futures.Future[CompiledGrammar]]] = {}
+        self._scoring: dict[str, PromptScorer] = {}
         self._in_flight: tuple[Schedule, Collect] | None = None
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
@@ -76,7 +79,7 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return self.scheduler.has_unfinished or self._in_flight is not None or bool(self._pending)
+        return self.scheduler.has_unfinished or self._in_flight is not None or bool(self._pending or self._scoring)
 
     def add_request(self, request: Request) -> None:
         """Queues a request. One whose grammar turns out to be no good ends in an error.
@@ -86,6 +89,12 @@ class Engine:
         """
         self._check(request)
         self._active_ids[request.request_id] = request.sampling.n
+        if request.sampling.prompt_logprobs is None:
+            self._admit(request)
+        else:
+            self._scoring[request.request_id] = self._scorer(request)
+
+    def _admit(self, request: Request) -> None:
         if request.sampling.grammar is None:
             self._queue(request)
         else:
@@ -100,6 +109,8 @@ class Engine:
         that the runner raises ends the sequences of its step, in errors that the next call returns; the engine
         can go on if the device can.
         """
+        if self._scoring:
+            self._score()
         if self._compiling:
             self._queue_compiled()
         launched = None if self._awaits_arrivals() else self._launch()
@@ -131,6 +142,34 @@ class Engine:
                 self._queue(request, future.result())
             else:
                 self._end(self._sequences(request), "error", str(error))
+
+    def _scorer(self, request: Request) -> PromptScorer:
+        return PromptScorer(request, self.prompt_logits(request.prompt_token_ids, CHUNK_TOKENS))
+
+    def _score(self) -> None:
+        """Computes the next chunk of the prompt whose log-probabilities were asked for first."""
+        request_id, scorer = next(iter(self._scoring.items()))
+        request = scorer.request
+        try:
+            if not scorer.advance():
+                return
+        except OutOfBlocksError as error:
+            if self.scheduler.has_unfinished:
+                self._scoring[request_id] = self._scorer(request)  # those that run will free blocks
+                return
+            self._end(self._sequences(request), "error", str(error))
+        except torch.OutOfMemoryError:
+            self._end(self._sequences(request), "error", OUT_OF_MEMORY)
+        except Exception as error:
+            self._end(self._sequences(request), "error", _step_failed(error))
+        else:
+            time_s, logprobs = time.perf_counter(), tuple(scorer.logprobs)
+            indices = range(request.sampling.n)
+            self._pending += [
+                TokenEvent(request_id, None, time_s, index, prompt_logprobs=logprobs) for index in indices
+            ]
+            self._admit(request)
+        del self._scoring[request_id]
 
     def _awaits_arrivals(self) -> bool:
         """Whether prompts alone are under way and the next step has room for more.
@@ -176,7 +215,11 @@ class Engine:
 
         An id that is unknown or has ended is ignored: it may end while the caller decides.
         """
-        if request_id in self._compiling:
+        if request_id in self._scoring:
+            scorer = self._scoring.pop(request_id)
+            scorer.close()
+            self._end(self._sequences(scorer.request), "cancelled")
+        elif request_id in self._compiling:
             request, _ = self._compiling.pop(request_id)
             self._end(self._sequences(request), "cancelled")
         else:

@@ -95,6 +95,8 @@ def refusal(request: Request, limits: ModelLimits) -> str | None:
         return "this runtime takes neither logit_bias nor min_tokens: use the native runtime"
     if sampling.grammar is not None:
         return "this runtime does not follow grammars: use the native runtime"
+    if sampling.prompt_logprobs is not None:
+        return "this runtime does not report log-probabilities of prompts: use the native runtime"
     if sampling.logprobs is not None and not limits.has_logprobs:
         return "this runtime does not report log-probabilities: use the native runtime"
     return None

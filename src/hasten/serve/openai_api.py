@@ -50,9 +50,11 @@ def openai_router(service: Service) -> APIRouter:
             ]
             room = min(service.output_room(prompt) for prompt in prompts)
         max_tokens = body.max_tokens or min(max(DEFAULT_MAX_TOKENS, body.min_tokens), room)
-        sampling = body.sampling(max_tokens, body.logprobs)
+        sampling = body.sampling(max_tokens, body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
         form = CompletionFormat(record.request_id, service, body, prompts)
-        return await _answer(service, body, record, prompts, sampling, form)
+        decode = service.tokenizer.decode
+        echoes = [each if isinstance(each, str) else decode(each) for each in body.prompts] if body.echo else None
+        return await _answer(service, body, record, prompts, sampling, form, echoes)
 
     @router.post("/v1/chat/completions", responses=STREAMS)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
@@ -80,8 +82,13 @@ async def _answer(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
     form: AnswerFormat,
+    echoes: Sequence[str] | None = None,
 ) -> Response:
-    """Runs the prompts of one request; choice i * n + j is continuation j of prompt i."""
+    """Runs the prompts of one request; choice i * n + j is continuation j of prompt i.
+
+    Args:
+        echoes: the prompts' texts, where they go before the continuations.
+    """
     for field, token_ids in (
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
@@ -90,9 +97,10 @@ async def _answer(
             service.check_vocabulary(token_ids, field)
     async with AsyncExitStack() as stack:
         generations: list[Generation] = []
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
+            echo = None if echoes is None else echoes[index]
             with blaming("max_tokens"):
-                generation = await service.open(prompt, sampling, priority=body.priority)
+                generation = await service.open(prompt, sampling, priority=body.priority, echo=echo)
             generations.append(await stack.enter_async_context(aclosing(generation)))
         record.generations = generations
         pieces = aiter(generations[0]) if len(generations) == 1 else _merged(generations, sampling.n, stack)

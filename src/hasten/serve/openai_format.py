@@ -203,7 +203,10 @@ class CompletionFormat(AnswerFormat):
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [{text_of(token_id): logprob for token_id, logprob in each.top} for each in logprobs],
+            "top_logprobs": [
+                None if each.logprob is None else {text_of(token_id): logprob for token_id, logprob in each.top}
+                for each in logprobs
+            ],
             "text_offset": offsets,
         }
 
@@ -232,7 +235,7 @@ class ChatFormat(AnswerFormat):
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
             text = self._tokenizer.text_of(token_id)
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

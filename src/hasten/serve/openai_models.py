@@ -188,7 +188,7 @@ class SamplingFields(OpenAIModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def sampling(self, max_tokens: int, logprobs: int | None, *, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes it. Raises RequestError for values that only it knows to be wrong."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -206,6 +206,7 @@ class SamplingFields(OpenAIModel):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             n=self.n,
+            prompt_logprobs=prompt_logprobs,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             grammar=self.grammar,
         )
@@ -222,7 +223,7 @@ class CompletionRequest(SamplingFields):
     ) = Field(description="text, token ids, or a list of either")
     max_tokens: int | None = Field(None, ge=1, le=INT32, description="16 if absent, or fewer where only they fit")
     logprobs: int | None = Field(None, ge=0, le=20, description="of the N most probable tokens at each place")
-    echo: Literal[False] = Field(False, description="echoing the prompt is not supported")
+    echo: bool = Field(False, description="the prompt goes before each text, and its log-probabilities before theirs")
     suffix: Literal[""] | None = Field(None, description="inserting before a suffix is not supported")
     best_of: int | None = Field(None, ge=1, le=128, description="not supported: it must be n, or absent")
 

@@ -26,10 +26,10 @@ CONTEXT_TOKENS = 4
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """One token's log-probability, and the most probable tokens in its place, best first."""
+    """One token's log-probability, None of a prompt's first, and the most probable tokens in its place, best first."""
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -77,6 +77,13 @@ class RustDetokenizer:
         return text[len(before) :]
 
 
+class Echo(msgspec.Struct, frozen=True):
+    """A prompt that goes before its continuations: its text and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
 class ContinuationText:
     """One continuation while it grows. It is over once `finish_reason` is set.
 
@@ -85,7 +92,13 @@ class ContinuationText:
         last_token_s: `time_s` of the last one.
     """
 
-    def __init__(self, index: int, sampling: SamplingParams, detokenizer: "Detokenizer | RustDetokenizer") -> None:
+    def __init__(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        detokenizer: "Detokenizer | RustDetokenizer",
+        echo: Echo | None = None,
+    ) -> None:
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self.last_token_s = math.nan
@@ -94,13 +107,18 @@ class ContinuationText:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
-        self._text = ""
+        self._echo = echo
+        self._text = echo.text if echo is not None else ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
     def add(self, event: TokenEvent) -> None:
         """Takes the next event; after the end of the continuation there must be none."""
         token_id = event.token_id
+        if event.prompt_logprobs is not None and self._echo is not None:
+            first, *others = self._echo.token_ids
+            scored = zip(others, event.prompt_logprobs, strict=True)
+            self._logprobs += [TokenLogprob(first, None, ()), *(TokenLogprob(each, *found) for each, found in scored)]
         if token_id is not None:
             self.num_tokens += 1
             self.last_token_s = event.time_s

@@ -29,7 +29,7 @@ from hasten.errors import (
 )
 from hasten.request import Request, SamplingParams, TokenEvent
 from hasten.serve.engine_client import EngineClient
-from hasten.serve.pieces import ContinuationText, Piece
+from hasten.serve.pieces import ContinuationText, Echo, Piece
 from hasten.serve.prometheus import FINISHED_REASONS, ServeMetrics
 from hasten.serve.tokenizer import ServeTokenizer
 
@@ -154,6 +154,7 @@ class Service:
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        echo: str | None = None,
     ) -> "Generation":
         """Admits a request; it runs once the generation is read.
 
@@ -161,6 +162,7 @@ class Service:
             prompt: text, or its token ids.
             priority: lower goes first where requests wait.
             timeout_s: shorter than the server's own limit.
+            echo: the prompt's text, if it goes before each continuation.
 
         Raises:
             RequestError: the prompt, or how much is to follow it, is beyond the model's limits.
@@ -179,7 +181,7 @@ class Service:
         self.admit(sampling.n)
         request = Request(uuid.uuid4().hex, token_ids, sampling, priority)
         limit_s = min(timeout_s or math.inf, self.request_timeout_s)
-        return Generation(self, request, arrival_s, limit_s)
+        return Generation(self, request, arrival_s, limit_s, None if echo is None else Echo(echo, token_ids))
 
     def check_places(self, num_sequences: int) -> None:
         """Raises RequestError if so many sequences could never run or wait together."""
@@ -231,7 +233,9 @@ class Generation:
         finish_reason: how the continuation that ended last ended; None before.
     """
 
-    def __init__(self, service: Service, request: Request, arrival_s: float, timeout_s: float) -> None:
+    def __init__(
+        self, service: Service, request: Request, arrival_s: float, timeout_s: float, echo: Echo | None = None
+    ) -> None:
         self.request_id = request.request_id
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.first_token_s: float | None = None
@@ -244,7 +248,7 @@ class Generation:
         self._timeout_s = timeout_s
         self._is_closed = False
         self._texts = [
-            ContinuationText(index, request.sampling, service.tokenizer.detokenizer())
+            ContinuationText(index, request.sampling, service.tokenizer.detokenizer(), echo)
             for index in range(request.sampling.n)
         ]
         self._num_unfinished = request.sampling.n
@@ -308,6 +312,9 @@ class Generation:
             reason = event.error or "the engine ended this request"
             is_clients_fault = self._request.sampling.grammar is not None  # only the engine can tell whether it is good
             raise RequestError(reason) if is_clients_fault else RuntimeFailedError(reason)
+        if event.prompt_logprobs is not None:
+            text.add(event)
+            return
         if text.num_tokens:
             self._metrics.inter_token_latency_s.observe(event.time_s - text.last_token_s)
         elif self.first_token_s is None:

@@ -133,6 +133,64 @@ def test_abort_frees_blocks_at_once(make_engine: Callable[..., Engine], run: Run
     assert tokens_in(kept) == expected_tokens([1, 2, 3], 10)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_prompts_logprobs_come_before_its_tokens_and_hold_nobody_up(
+    make_engine: Callable[..., Engine],
+    run: Run,
+    expected_tokens: Expected,
+    context_logits: Callable[[list[int]], torch.Tensor],
+    *,
+    overlaps: bool,
+) -> None:
+    prompt = tuple(index % 50 for index in range(300))
+    engine = make_engine(overlaps=overlaps, max_model_tokens=400, num_blocks=200)
+    engine.add_request(request("scored", prompt, max_tokens=3, prompt_logprobs=2, n=2))
+    engine.add_request(request("other", max_tokens=2))
+    events: list[TokenEvent] = []
+    while not any(event.prompt_logprobs is not None for event in events):
+        events += engine.step()
+    assert any(event.token_id is not None for event in events if event.request_id == "other")
+    first = [event for event in events if event.request_id == "scored"][:2]
+    assert [(event.index, event.token_id) for event in first] == [(0, None), (1, None)]
+    logprobs = first[0].prompt_logprobs
+    assert logprobs is not None and logprobs == first[1].prompt_logprobs
+    assert len(logprobs) == 299
+    for place in (1, 127, 128, 129, 256, 299):
+        expected = context_logits(list(prompt[:place])).log_softmax(-1)
+        value, top = logprobs[place - 1]
+        assert value == pytest.approx(expected[prompt[place]].item(), abs=1e-5)
+        assert [token_id for token_id, _ in top] == expected.topk(2).indices.tolist()
+    for index, rest in run(engine).items():
+        events += rest if index[0] == "scored" else []
+    for index in range(2):
+        own = [event for event in events if (event.request_id, event.index) == ("scored", index)]
+        assert tokens_in(own) == [None, *expected_tokens(list(prompt), 3)]
+    assert engine.block_manager.num_free_blocks == 200
+
+
+def test_a_prompt_that_is_being_scored_can_be_aborted(make_engine: Callable[..., Engine], run: Run) -> None:
+    engine = make_engine(max_model_tokens=400, num_blocks=200)
+    engine.add_request(request("scored", (1,) * 300, prompt_logprobs=0))
+    assert engine.step() == []
+    assert engine.block_manager.num_free_blocks < 200
+    engine.abort("scored")
+    assert engine.block_manager.num_free_blocks == 200
+    assert [event.finish_reason for event in run(engine)["scored", 0]] == ["cancelled"]
+    assert not engine.has_unfinished
+
+
+def test_a_prompt_waits_for_the_blocks_that_its_scoring_needs(make_engine: Callable[..., Engine], run: Run) -> None:
+    engine = make_engine(max_model_tokens=100, num_blocks=25, enable_prefix_cache=False)
+    engine.add_request(request("running", (1,) * 60, max_tokens=20))
+    for _ in range(3):
+        engine.step()
+    engine.add_request(request("scored", (2,) * 70, max_tokens=1, prompt_logprobs=0))
+    events = run(engine)
+    assert [events[name, 0][-1].finish_reason for name in ("running", "scored")] == ["length", "length"]
+    assert events["scored", 0][0].prompt_logprobs is not None
+    assert events["scored", 0][0].time_s > events["running", 0][-1].time_s
+
+
 def test_continuations_of_a_greedy_request_agree(make_engine: Callable[..., Engine], run: Run) -> None:
     events = run(make_engine(), [request(prompt=tuple(range(13)), n=3, max_tokens=9)])
     assert [tokens_in(events["r", index]) for index in range(3)] == [tokens_in(events["r", 0])] * 3

@@ -43,6 +43,7 @@ def test_what_ends_a_continuation(sampling: SamplingParams, token: int, reason: 
         (Request("r", (1,), SamplingParams(grammar=Grammar("regex", "a"))), "does not follow grammars"),
         (Request("r", (1,), SamplingParams(logit_bias=((1, 1.0),))), "takes neither logit_bias nor min_tokens"),
         (Request("r", (1,), SamplingParams(min_tokens=1)), "takes neither logit_bias nor min_tokens"),
+        (Request("r", (1,), SamplingParams(prompt_logprobs=0)), "does not report log-probabilities of prompts"),
     ],
 )
 def test_what_is_refused_and_why(request_: Request, words: str) -> None:

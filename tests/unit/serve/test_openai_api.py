@@ -292,7 +292,7 @@ DEEP = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         ({"prompt": "x", "n": True}, 400, "n"),
         ({"prompt": "x", "stop": [""]}, 400, "stop"),
         ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
-        ({"prompt": "x", "echo": True}, 400, "echo"),
+        ({"prompt": "x", "echo": 1}, 400, "echo"),
         ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
         ({"prompt": "x", "stop_token_ids": [99999]}, 400, "stop_token_ids"),

@@ -7,7 +7,7 @@ from fake_engine import MODEL, TEXT, TEXT_IDS, TOKENIZER
 
 from hasten.request import SamplingParams, TokenEvent
 from hasten.runtimes.text import Detokenizer
-from hasten.serve.pieces import ContinuationText, Piece, RustDetokenizer
+from hasten.serve.pieces import ContinuationText, Echo, Piece, RustDetokenizer, TokenLogprob
 
 HELD_OUT = (MODEL / "heldout.txt").read_text()[:4000] + " naïve 漢字 😀 \u200d ok"
 
@@ -59,6 +59,20 @@ def test_a_stop_string_among_the_first_min_tokens_is_text() -> None:
     start = len(TEXT_IDS)
     pieces = pieces_of(TEXT_IDS * 2, stop=("aloud, tok",), min_tokens=start)
     assert "".join(piece.text for piece in pieces) == TEXT + TEXT.partition("aloud, tok")[0]
+
+
+def test_a_prompt_that_is_echoed_is_looked_at_for_no_stop_string() -> None:
+    echo = Echo("stop here: ", (7, 8))
+    text = ContinuationText(0, SamplingParams(stop=("stop",)), RustDetokenizer(TOKENIZER.backend_tokenizer), echo)
+    text.add(TokenEvent("r", None, 0.0, prompt_logprobs=((-0.5, ((8, -0.5),)),)))
+    prompt = text.take()
+    assert prompt is not None
+    assert (prompt.text, prompt.token_ids, prompt.finish_reason) == ("stop here: ", (), None)
+    assert prompt.logprobs == (TokenLogprob(7, None, ()), TokenLogprob(8, -0.5, ((8, -0.5),)))
+    text.add(TokenEvent("r", TEXT_IDS[0], 1.0, 0, "length"))
+    assert text.num_tokens == 1
+    last = text.take()
+    assert last is not None and last.token_ids == (TEXT_IDS[0],)
 
 
 def test_what_only_looked_like_a_stop_string_is_text() -> None:
