@@ -166,8 +166,8 @@ class TokenEvent:
         started_s: as time_s, when the continuation's first step was scheduled; on its first token, where
             the runtime tells.
         num_cached_tokens: of the prompt, which the prefix cache had; where started_s is.
-        prompt_logprobs: of the prompt's tokens behind the first, in an event of their own, without a token, before
-            the continuation's first, if asked for.
+        prompt_logprobs: of the prompt's next tokens, from its second on, in events without a token before the
+            continuation's first, if asked for.
     """
 
     request_id: str

@@ -151,8 +151,7 @@ class Engine:
         request_id, scorer = next(iter(self._scoring.items()))
         request = scorer.request
         try:
-            if not scorer.advance():
-                return
+            logprobs = scorer.advance()
         except OutOfBlocksError as error:
             if self.scheduler.has_unfinished:
                 self._scoring[request_id] = self._scorer(request)  # those that run will free blocks
@@ -163,11 +162,12 @@ class Engine:
         except Exception as error:
             self._end(self._sequences(request), "error", _step_failed(error))
         else:
-            time_s, logprobs = time.perf_counter(), tuple(scorer.logprobs)
-            indices = range(request.sampling.n)
+            time_s, indices = time.perf_counter(), range(request.sampling.n)
             self._pending += [
                 TokenEvent(request_id, None, time_s, index, prompt_logprobs=logprobs) for index in indices
             ]
+            if not scorer.is_complete:
+                return
             self._admit(request)
         del self._scoring[request_id]
 

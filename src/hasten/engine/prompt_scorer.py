@@ -16,33 +16,32 @@ class PromptScorer:
 
     Args:
         chunks: logits after each token, [at most CHUNK_TOKENS, vocab_size] float32 each.
-
-    Attributes:
-        logprobs: of the tokens behind the first, as far as they are computed.
     """
 
     def __init__(self, request: Request, chunks: Iterator[torch.Tensor]) -> None:
         self.request = request
-        self.logprobs: list[TokenLogprobs] = []
         self._chunks = chunks
+        self._num_scored = 1  # what the first token is, nothing says
 
-    def advance(self) -> bool:
-        """Computes the next chunk; whether it was the last."""
+    @property
+    def is_complete(self) -> bool:
+        return self._num_scored == len(self.request.prompt_token_ids)
+
+    def advance(self) -> tuple[TokenLogprobs, ...]:
+        """Computes the next chunk: log-probabilities of the prompt's next tokens, from the second on."""
         prompt, num_top = self.request.prompt_token_ids, self.request.sampling.prompt_logprobs
         assert num_top is not None, "it was asked for"
         logits = next(self._chunks)
-        start = len(self.logprobs) + 1
-        targets = torch.tensor(prompt[start : start + len(logits)], device=logits.device)
+        targets = torch.tensor(prompt[self._num_scored : self._num_scored + len(logits)], device=logits.device)
         logits = logits[: len(targets)]  # what follows the last token is drawn, not scored
         total = logits.logsumexp(dim=-1, keepdim=True)
         chosen = (logits.gather(1, targets.unsqueeze(1)) - total).squeeze(1).tolist()
         top = logits.topk(min(num_top, logits.shape[1]))
         rows = zip(chosen, top.indices.tolist(), (top.values - total).tolist(), strict=True)
-        self.logprobs += [(one, possible(zip(ids, values, strict=True))) for one, ids, values in rows]
-        is_last = start + len(targets) >= len(prompt)
-        if is_last:
+        self._num_scored += len(targets)
+        if self.is_complete:
             self.close()
-        return is_last
+        return tuple((one, possible(zip(ids, values, strict=True))) for one, ids, values in rows)
 
     def close(self) -> None:
         """Gives up what is not computed yet, and the blocks that it holds."""

@@ -9,6 +9,7 @@ Not here: which requests run (`service`), and what a protocol writes on the wire
 """
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -107,18 +108,19 @@ class ContinuationText:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
-        self._echo = echo
         self._text = echo.text if echo is not None else ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._echoed = iter(echo.token_ids if echo is not None else ())
+        if sampling.prompt_logprobs is not None:
+            self._logprobs += [TokenLogprob(first, None, ()) for first in islice(self._echoed, 1)]
 
     def add(self, event: TokenEvent) -> None:
         """Takes the next event; after the end of the continuation there must be none."""
         token_id = event.token_id
-        if event.prompt_logprobs is not None and self._echo is not None:
-            first, *others = self._echo.token_ids
-            scored = zip(others, event.prompt_logprobs, strict=True)
-            self._logprobs += [TokenLogprob(first, None, ()), *(TokenLogprob(each, *found) for each, found in scored)]
+        if event.prompt_logprobs is not None:
+            scored = zip(event.prompt_logprobs, self._echoed, strict=False)
+            self._logprobs += [TokenLogprob(echoed, *found) for found, echoed in scored]
         if token_id is not None:
             self.num_tokens += 1
             self.last_token_s = event.time_s

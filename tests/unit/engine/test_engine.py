@@ -147,31 +147,32 @@ def test_a_prompts_logprobs_come_before_its_tokens_and_hold_nobody_up(
     engine.add_request(request("scored", prompt, max_tokens=3, prompt_logprobs=2, n=2))
     engine.add_request(request("other", max_tokens=2))
     events: list[TokenEvent] = []
-    while not any(event.prompt_logprobs is not None for event in events):
+    while not any(event.token_id is not None for event in events if event.request_id == "scored"):
         events += engine.step()
-    assert any(event.token_id is not None for event in events if event.request_id == "other")
-    first = [event for event in events if event.request_id == "scored"][:2]
-    assert [(event.index, event.token_id) for event in first] == [(0, None), (1, None)]
-    logprobs = first[0].prompt_logprobs
-    assert logprobs is not None and logprobs == first[1].prompt_logprobs
-    assert len(logprobs) == 299
+    order = [(event.request_id, event.prompt_logprobs is not None) for event in events]
+    assert order.index(("other", False)) < len(order) - 1 - order[::-1].index(("scored", True)), "between two chunks"
+    scored = [[each for each in events if each.prompt_logprobs and each.index == index] for index in range(2)]
+    parts, again = ([event.prompt_logprobs for event in each] for each in scored)
+    assert parts == again
+    assert [len(part or ()) for part in parts] == [128, 128, 43]
+    logprobs = [one for part in parts for one in part or ()]
     for place in (1, 127, 128, 129, 256, 299):
         expected = context_logits(list(prompt[:place])).log_softmax(-1)
         value, top = logprobs[place - 1]
         assert value == pytest.approx(expected[prompt[place]].item(), abs=1e-5)
         assert [token_id for token_id, _ in top] == expected.topk(2).indices.tolist()
-    for index, rest in run(engine).items():
-        events += rest if index[0] == "scored" else []
+    for key, rest in run(engine).items():
+        events += rest if key[0] == "scored" else []
     for index in range(2):
-        own = [event for event in events if (event.request_id, event.index) == ("scored", index)]
-        assert tokens_in(own) == [None, *expected_tokens(list(prompt), 3)]
+        own = [event.token_id for event in events if (event.request_id, event.index) == ("scored", index)]
+        assert own == [None] * 3 + expected_tokens(list(prompt), 3)
     assert engine.block_manager.num_free_blocks == 200
 
 
 def test_a_prompt_that_is_being_scored_can_be_aborted(make_engine: Callable[..., Engine], run: Run) -> None:
     engine = make_engine(max_model_tokens=400, num_blocks=200)
     engine.add_request(request("scored", (1,) * 300, prompt_logprobs=0))
-    assert engine.step() == []
+    assert [len(event.prompt_logprobs or ()) for event in engine.step()] == [128]
     assert engine.block_manager.num_free_blocks < 200
     engine.abort("scored")
     assert engine.block_manager.num_free_blocks == 200

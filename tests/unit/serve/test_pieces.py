@@ -62,13 +62,16 @@ def test_a_stop_string_among_the_first_min_tokens_is_text() -> None:
 
 
 def test_a_prompt_that_is_echoed_is_looked_at_for_no_stop_string() -> None:
-    echo = Echo("stop here: ", (7, 8))
-    text = ContinuationText(0, SamplingParams(stop=("stop",)), RustDetokenizer(TOKENIZER.backend_tokenizer), echo)
+    echo = Echo("stop here: ", (7, 8, 9))
+    sampling = SamplingParams(stop=("stop",), prompt_logprobs=1)
+    text = ContinuationText(0, sampling, RustDetokenizer(TOKENIZER.backend_tokenizer), echo)
     text.add(TokenEvent("r", None, 0.0, prompt_logprobs=((-0.5, ((8, -0.5),)),)))
     prompt = text.take()
     assert prompt is not None
     assert (prompt.text, prompt.token_ids, prompt.finish_reason) == ("stop here: ", (), None)
     assert prompt.logprobs == (TokenLogprob(7, None, ()), TokenLogprob(8, -0.5, ((8, -0.5),)))
+    text.add(TokenEvent("r", None, 0.0, prompt_logprobs=((-2.0, ()),)))
+    assert text.take() == Piece(0, "", (), (TokenLogprob(9, -2.0, ()),))
     text.add(TokenEvent("r", TEXT_IDS[0], 1.0, 0, "length"))
     assert text.num_tokens == 1
     last = text.take()
