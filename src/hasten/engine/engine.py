@@ -12,7 +12,7 @@ Not here: text and stop strings (`runtimes.text`), and whatever calls `step` in 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from collections.abc import Sequence as Items
 from concurrent import futures
 
@@ -225,7 +225,7 @@ class Engine:
         else:
             self._end(self.scheduler.abort(request_id), "cancelled")
 
-    def prompt_logits(self, token_ids: Items[int], chunk_tokens: int) -> Iterator[torch.Tensor]:
+    def prompt_logits(self, token_ids: Items[int], chunk_tokens: int) -> Generator[torch.Tensor, None, None]:
         """Logits after each token of a prompt, outside any request; see ModelRunner.prompt_logits.
 
         Raises:

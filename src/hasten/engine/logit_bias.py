@@ -19,8 +19,7 @@ def biases(rows: Iterable[tuple[Sequence, int]]) -> dict[int, dict[int, float]]:
     Args:
         rows: the sequences, each with the number of output tokens before the one that is to be chosen.
     """
-    found = ((row, _biases_of(sequence, count)) for row, (sequence, count) in enumerate(rows))
-    return {row: added for row, added in found if added}
+    return {row: added for row, (sequence, count) in enumerate(rows) if (added := _biases_of(sequence, count))}
 
 
 def add_biases(
@@ -42,7 +41,6 @@ def add_biases(
 
 def _biases_of(sequence: Sequence, num_output_tokens: int) -> dict[int, float]:
     sampling = sequence.sampling
-    added = dict(sampling.logit_bias)
-    if num_output_tokens < sampling.min_tokens and sequence.matcher is None:
-        added |= dict.fromkeys(sequence.stop_token_ids, -math.inf)
-    return added
+    if num_output_tokens >= sampling.min_tokens or sequence.matcher is not None:
+        return dict(sampling.logit_bias) if sampling.logit_bias else {}
+    return dict(sampling.logit_bias) | dict.fromkeys(sequence.stop_token_ids, -math.inf)

@@ -1,6 +1,6 @@
 """Log-probabilities of a prompt's own tokens, computed a chunk at a time between the steps of other requests."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -18,7 +18,7 @@ class PromptScorer:
         chunks: logits after each token, [at most CHUNK_TOKENS, vocab_size] float32 each.
     """
 
-    def __init__(self, request: Request, chunks: Iterator[torch.Tensor]) -> None:
+    def __init__(self, request: Request, chunks: Generator[torch.Tensor, None, None]) -> None:
         self.request = request
         self._chunks = chunks
         self._num_scored = 1  # what the first token is, nothing says
@@ -32,7 +32,8 @@ class PromptScorer:
         prompt, num_top = self.request.prompt_token_ids, self.request.sampling.prompt_logprobs
         assert num_top is not None, "it was asked for"
         logits = next(self._chunks)
-        targets = torch.tensor(prompt[self._num_scored : self._num_scored + len(logits)], device=logits.device)
+        following = prompt[self._num_scored : self._num_scored + len(logits)]
+        targets = torch.tensor(following, dtype=torch.int64, device=logits.device)
         logits = logits[: len(targets)]  # what follows the last token is drawn, not scored
         total = logits.logsumexp(dim=-1, keepdim=True)
         chosen = (logits.gather(1, targets.unsqueeze(1)) - total).squeeze(1).tolist()
@@ -45,6 +46,4 @@ class PromptScorer:
 
     def close(self) -> None:
         """Gives up what is not computed yet, and the blocks that it holds."""
-        close = getattr(self._chunks, "close", None)
-        if close is not None:
-            close()
+        self._chunks.close()

@@ -169,6 +169,20 @@ def test_a_prompts_logprobs_come_before_its_tokens_and_hold_nobody_up(
     assert engine.block_manager.num_free_blocks == 200
 
 
+@pytest.mark.parametrize(("num_tokens", "parts"), [(1, [0]), (2, [1]), (128, [127]), (129, [128]), (130, [128, 1])])
+def test_each_token_of_a_prompt_but_the_first_is_scored_once(
+    make_engine: Callable[..., Engine], num_tokens: int, parts: list[int]
+) -> None:
+    engine = make_engine(max_model_tokens=400, num_blocks=200)
+    engine.add_request(request(prompt=(1,) * num_tokens, max_tokens=1, prompt_logprobs=1))
+    events: list[TokenEvent] = []
+    while engine.has_unfinished:
+        events += engine.step()
+    assert [len(event.prompt_logprobs) for event in events if event.prompt_logprobs is not None] == parts
+    assert events[-1].finish_reason == "length"
+    assert engine.block_manager.num_free_blocks == 200
+
+
 def test_a_prompt_that_is_being_scored_can_be_aborted(make_engine: Callable[..., Engine], run: Run) -> None:
     engine = make_engine(max_model_tokens=400, num_blocks=200)
     engine.add_request(request("scored", (1,) * 300, prompt_logprobs=0))
