@@ -156,3 +156,21 @@ def test_tokens_are_those_of_the_cpu(
     engine = gpu_engine(decoders[1], **limits)
     assert tokens_of(run(engine, REQUESTS)) == expected
     assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in limits)
+
+
+def test_logprobs_of_a_prompt_are_those_of_the_cpu(decoders: tuple[Decoder, Decoder]) -> None:
+    """Scored in two chunks, beside steps that are under way."""
+    requests = [greedy("scored", 150, prompt_logprobs=1, max_tokens=2), greedy("other", 20)]
+    found = []
+    for engine in (make_engine(decoders[0], max_model_tokens=256), gpu_engine(decoders[1])):
+        for request in requests:
+            engine.add_request(request)
+        events = []
+        while engine.has_unfinished:
+            events += engine.step()
+        scored = [one for event in events for one in event.prompt_logprobs or ()]
+        found.append(scored)
+        assert [event.finish_reason for event in events if event.finish_reason] == ["length", "length"]
+    ours, theirs = ([value for value, _ in each] for each in found)
+    assert len(ours) == 149
+    assert theirs == pytest.approx(ours, abs=1e-4)
