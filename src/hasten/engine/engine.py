@@ -169,6 +169,7 @@ class Engine:
             if not scorer.is_complete:
                 return
             self._admit(request)
+        scorer.close()
         del self._scoring[request_id]
 
     def _awaits_arrivals(self) -> bool:

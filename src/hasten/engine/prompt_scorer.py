@@ -40,8 +40,6 @@ class PromptScorer:
         top = logits.topk(min(num_top, logits.shape[1]))
         rows = zip(chosen, top.indices.tolist(), (top.values - total).tolist(), strict=True)
         self._num_scored += len(targets)
-        if self.is_complete:
-            self.close()
         return tuple((one, possible(zip(ids, values, strict=True))) for one, ids, values in rows)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 The order is: grammar, biases (`logit_bias`), penalties, temperature, top-k, top-p, min-p, draw.
 - grammar: the logits of tokens that it does not allow become -inf, which none of the later steps
   changes, so such a token is never drawn; log-probabilities are those of the tokens allowed;
+- biases: what a request adds to the logits of single tokens, and -inf for what would end its output too early;
 - repetition penalty r: a token of prompt or output has its logit divided by r if positive,
   multiplied by r if negative (CTRL, arXiv 1909.05858, section 4.1, as in transformers);
 - frequency penalty f and presence penalty p: a token that was generated c > 0 times loses

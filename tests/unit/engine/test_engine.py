@@ -194,6 +194,25 @@ def test_a_prompt_that_is_being_scored_can_be_aborted(make_engine: Callable[...,
     assert not engine.has_unfinished
 
 
+def test_scoring_that_fails_ends_its_request_alone(
+    make_engine: Callable[..., Engine], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_model_tokens=400, num_blocks=200)
+    engine.add_request(request("scored", (1,) * 300, prompt_logprobs=0))
+    engine.add_request(request("other", max_tokens=5))
+    engine.step()
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "logsumexp", fail)  # behind the model, with the prompt's blocks held
+        [end] = [event for event in engine.step() if event.request_id == "scored"]
+    assert end.finish_reason == "error"
+    assert end.error is not None and "RuntimeError: no such kernel" in end.error
+    assert [event.finish_reason for event in run(engine)["other", 0]][-1] == "length"
+
+
 def test_a_prompt_waits_for_the_blocks_that_its_scoring_needs(make_engine: Callable[..., Engine], run: Run) -> None:
     engine = make_engine(max_model_tokens=100, num_blocks=25, enable_prefix_cache=False)
     engine.add_request(request("running", (1,) * 60, max_tokens=20))
