@@ -27,6 +27,7 @@ from hasten.engine.model_runner import Collect, ModelRunner, OnCaptured
 from hasten.engine.sampler import SampledToken, is_plain
 from hasten.engine.scheduler import Schedule, ScheduledChunk
 from hasten.engine.sequence import Sequence, uniform
+from hasten.engine.step_graph import StepGraph
 from hasten.engine.step_tokens import TokenLayout, chunk_tiles, step_array
 from hasten.kernels.cuda.attention import CudaAttention, DecodeRows, StepTokens
 from hasten.kernels.cuda.ragged_attention import tokens_per_tile
@@ -41,8 +42,15 @@ STEPS_UNDER_WAY = 2
 RING = STEPS_UNDER_WAY + 1
 """Pinned buffers: those of the steps under way, and one that the host fills."""
 
-MIXED_LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-"""Tokens that captured steps with prompts are filled up to; more keep the GPU busy without a graph."""
+MIXED_LENGTHS = (
+    *(16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512),
+    *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
+)
+"""Tokens that captured steps with prompts are filled up to. Not 448: cuBLAS takes longer for it than for 512."""
+
+MIN_MIXED_LENGTH, MIXED_BYTES = 512, 16.8e12
+"""Such steps are captured up to so many tokens, or up to this over the bytes of the weights: an H200 takes 22 ms for as
+many, more than twice what a CPU needs to launch a step kernel by kernel."""
 
 MIXED_SEQUENCES = 64
 """Sequences at most of such a step: more of them decode for longer than it takes to launch."""
@@ -75,14 +83,6 @@ class Rows:
         return Rows(self.uniforms[:count], self.slots[:count], self.positions[:count], self.blocks[:count])
 
 
-@dataclass(frozen=True)
-class StepGraph:
-    """A captured step; its logits stay until the next replay of any graph."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-
-
 class CudaRunner(ModelRunner):
     """Runs steps of one model on one GPU."""
 
@@ -109,7 +109,10 @@ class CudaRunner(ModelRunner):
         self._mixed_rows = min(MIXED_SEQUENCES, max_seqs)
         self._max_model_tokens = config.max_model_tokens
         self._max_prompt_tokens = min(config.max_model_tokens, config.max_num_batched_tokens)
-        self._lengths = tuple(length for length in MIXED_LENGTHS if length <= config.max_num_batched_tokens)
+        longest = min(
+            max(MIN_MIXED_LENGTH, MIXED_BYTES / decoder.weight_bytes_per_token), config.max_num_batched_tokens
+        )
+        self._lengths = tuple(length for length in MIXED_LENGTHS if length <= longest)
         largest = max((self._layout(length).size for length in self._lengths), default=0)
         self._step = torch.zeros(largest, dtype=torch.int32, device="cuda")
         self._tokens = torch.zeros(max_seqs, dtype=torch.int32, device="cuda")
@@ -360,14 +363,7 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             self._input.fill_(-1)  # rows that fill up a bucket: nothing is written while kernels are loaded
             self._input[0] = 0
-            torch.cuda.synchronize()
-            with torch.cuda.stream(self._capture_stream):
-                step()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
-                logits = step()
-        return StepGraph(graph, logits)
+            return StepGraph.capture(step, self._pool, self._capture_stream)
 
 
 def _uniform(chunk: ScheduledChunk) -> float:
