@@ -18,17 +18,19 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import Any
 
 from hasten.errors import HastenError, RequestError
 from hasten.runtimes.base import EngineStats, InFlightRuntime, SteppedRuntime
-from hasten.runtimes.protocol import Failed, Load, LoadingReporter, decoder, frame, read_message
+from hasten.runtimes.protocol import Failed, Load, LoadingReporter, MessageSplitter, decoder, frame
 from hasten.runtimes.registry import serving_runtime
 from hasten.serve.messages import Abort, Embed, EmbeddingStep, Ready, Step, Submit, ToEngine
 
 MAX_UNSENT_EVENTS = 1 << 18
 """Events that may wait to be sent while others are on their way, about 100 MB in all. That is nine seconds of a
 GPU's 28,000 tokens/s: who does not read for so long is stuck, and until it reads again steps wait as well."""
+
+READ_BYTES = 1 << 20
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other: a device that is lost fails in all of them, and needs a new process."""
@@ -70,9 +72,13 @@ class StepSender:
 
 
 class EngineLoop:
-    """Submits, aborts and steps in the thread that calls `run`."""
+    """Submits, aborts and steps in the thread that calls `run`.
 
-    def __init__(self, runtime: SteppedRuntime, commands: SimpleQueue[ToEngine], sender: StepSender) -> None:
+    Args:
+        commands: those that came together are one item, so that requests sent together start in one step.
+    """
+
+    def __init__(self, runtime: SteppedRuntime, commands: SimpleQueue[list[ToEngine]], sender: StepSender) -> None:
         self._runtime = runtime
         self._commands = commands
         self._sender = sender
@@ -83,7 +89,8 @@ class EngineLoop:
         while True:
             events: list[Any] = []
             while not self._commands.empty() or not (events or self._runtime.has_unfinished):
-                events += self._execute(self._commands.get())
+                for command in self._commands.get():
+                    events += self._execute(command)
             if self._runtime.has_unfinished:
                 events += self._step()
             self._sender.put(events, self._runtime.stats())
@@ -123,10 +130,10 @@ class EngineLoop:
 
 def serve(channel: socket.socket) -> None:
     """Loads the runtime that the first command names and runs it until the channel is closed."""
-    commands: SimpleQueue[ToEngine] = SimpleQueue()
-    _start_thread(_read_commands, channel.makefile("rb"), commands)
-    load = commands.get()
-    assert isinstance(load, Load), "the client loads first"
+    commands: SimpleQueue[list[ToEngine]] = SimpleQueue()
+    _start_thread(_read_commands, channel, commands)
+    [load] = commands.get()
+    assert isinstance(load, Load), "the client loads first, and sends nothing until that is done"
     try:
         found = serving_runtime(load.runtime, load.config.scheme)
         runtime = found(load.config, LoadingReporter(lambda loading: channel.sendall(frame(loading))))
@@ -143,11 +150,12 @@ def serve(channel: socket.socket) -> None:
     EngineLoop(runtime, commands, sender).run()
 
 
-def _read_commands(pipe: BinaryIO, commands: SimpleQueue[ToEngine]) -> None:
+def _read_commands(channel: socket.socket, commands: SimpleQueue[list[ToEngine]]) -> None:
     """Queues commands until the socket is closed."""
-    messages = decoder(ToEngine)
-    while (command := read_message(pipe, messages)) is not None:
-        commands.put(command)
+    splitter = MessageSplitter(decoder(ToEngine))
+    while data := channel.recv(READ_BYTES):
+        if found := splitter.feed(data):
+            commands.put(found)
 
 
 def _start_thread(target: Callable[..., None], *args: object) -> None:

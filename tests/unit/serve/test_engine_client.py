@@ -122,6 +122,19 @@ def run(test: Awaitable[None], loop: str = "asyncio") -> None:
         runner.run(main())
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_requests_that_find_the_engine_idle_together_start_in_one_step(
+    scripted: Callable[..., EngineClient], loop: str
+) -> None:
+    async def test() -> None:
+        async with started(scripted()) as client:
+            for wave in range(10):
+                await asyncio.gather(*(read(client, request(f"{wave}-{i}", (3,), 4)) for i in range(8)))
+            assert (client.stats.num_steps, client.stats.num_generated_tokens) == (10 * 4, 10 * 8 * 4)
+
+    run(test(), loop)
+
+
 def test_facts_events_and_stats(scripted: Callable[..., EngineClient], tmp_path: Path) -> None:
     async def test() -> None:
         client = scripted()
