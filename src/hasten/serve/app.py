@@ -66,8 +66,8 @@ def make_app(service: Service, limits: HttpLimits, routers: Sequence[APIRouter] 
     return _gated(
         service,
         limits,
-        models_router(service),
         openai_router(service),
+        models_router(service),
         kserve_router(generating_models(service)),
         operations_router(service),
         page_router(service),
@@ -85,8 +85,8 @@ def make_embedding_app(service: Service, limits: HttpLimits) -> ASGIApp:
     return _gated(
         service,
         limits,
-        models_router(service),
         embedding_router(service),
+        models_router(service),
         kserve_router(embedding_models(service)),
         operations_router(service),
         refusing_router(GENERATING, reason),

@@ -15,6 +15,7 @@ from hasten.errors import RequestError
 from hasten.runtimes.base import EmbeddingFacts
 from hasten.serve.access import http_request
 from hasten.serve.embedding_service import Embedding
+from hasten.serve.json_route import JsonRoute
 from hasten.serve.models_api import ERRORS, check_model
 from hasten.serve.openai_errors import ApiError, ApiException, describe
 from hasten.serve.openai_models import INT32, MAX_INPUTS, EmbeddedText, OpenAIModel, TokenId
@@ -48,7 +49,7 @@ class EmbeddingsBody(OpenAIModel):
 
 def embedding_router(service: Service) -> APIRouter:
     """The route of one service, whose engine is an encoder."""
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
     @router.post("/v1/embeddings")
     async def create_embeddings(body: EmbeddingsBody, request: Request) -> Response:

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from hasten.errors import RequestError
+from hasten.serve.json_route import JsonRoute
 from hasten.serve.openai_errors import ApiError, ApiException, describe
 from hasten.serve.openai_models import DetokenizeRequest, TokenizeRequest
 from hasten.serve.service import Service
@@ -44,7 +45,7 @@ def json_response(values: Any) -> Response:
 
 def models_router(service: Service) -> APIRouter:
     """The routes of one service."""
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
     @router.get("/v1/models")
     async def list_models() -> Response:

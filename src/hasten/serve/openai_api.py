@@ -18,6 +18,7 @@ from hasten.errors import HastenError
 from hasten.request import SamplingParams
 from hasten.serve.access import HttpRequest, http_request
 from hasten.serve.event_stream import DONE, EventStreamResponse
+from hasten.serve.json_route import JsonRoute
 from hasten.serve.models_api import ERRORS, blaming, check_model
 from hasten.serve.openai_errors import describe
 from hasten.serve.openai_format import AnswerFormat, ChatFormat, Choice, CompletionFormat
@@ -33,7 +34,7 @@ DEFAULT_MAX_TOKENS = 16
 
 def openai_router(service: Service) -> APIRouter:
     """Completions and chats of one service."""
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
     @router.post("/v1/completions", responses=STREAMS)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

@@ -114,7 +114,7 @@ def describe_validation(errors: Sequence[Mapping[str, Any]], known: Sequence[str
     first = errors[0]
     path = [part for part in first["loc"][1:] if isinstance(part, str | int)]
     if first["type"] == "json_invalid":
-        return ApiError(400, "invalid_body", f"the body is no JSON: {first['ctx']['error']} at byte {path[0]}")
+        return ApiError(400, "invalid_body", f"the body is no JSON: {first['ctx']['error']}")
     if not path:
         message = first["msg"].removeprefix("Value error, ")
         param = message.split(" ", 1)[0]  # validators of whole models begin with the field's name
