@@ -8,7 +8,7 @@ ignored, every prompt drawn anew. Everything takes turns, in rounds of three par
 
 - at each concurrency a batch offline (`hasten bench offline`'s code) and the same load streamed over HTTP
   (`hasten bench online`'s), one request for each client;
-- single requests of few tokens, for the time to the first one;
+- requests of few tokens, one and several at once, for the time to the first one;
 - vLLM's own client, `vllm bench serve`, against both servers in a closed loop.
 
 Nothing is measured before vLLM is ready. What is measured is written after every turn, so that a run that is
@@ -61,7 +61,10 @@ PACKAGES = ("torch", "transformers", "triton", "fastapi", "uvicorn", "uvloop")
 
 @dataclass(frozen=True)
 class Load:
-    """`waves` requests of each of `concurrency` clients, one after the other."""
+    """`waves` requests of each of `concurrency` clients.
+
+    Beside offline a wave begins when the one before has ended; vLLM's client is a closed loop.
+    """
 
     concurrency: int
     new_tokens: int
@@ -70,7 +73,7 @@ class Load:
 
 
 BATCHES = (*(Load(each, NEW_TOKENS) for each in (1, 2, 4, 8, 64)), Load(MAX_NUM_SEQS, NEW_TOKENS // 2))
-FIRST_TOKENS = Load(1, 8, waves=20)
+FIRST_TOKENS = (Load(1, 8, waves=20), *(Load(each, 8, waves=10) for each in (2, 4, 8)))
 CLOSED_LOOPS = (Load(1, NEW_TOKENS, 3), Load(8, NEW_TOKENS, 2), Load(64, NEW_TOKENS, 2))
 
 
@@ -132,7 +135,7 @@ class Run:
         setup = self._setup
         for index in range(num_rounds):
             order = slice(None, None, 1 if index % 2 == 0 else -1)
-            for load in (*BATCHES, FIRST_TOKENS):
+            for load in (*BATCHES, *FIRST_TOKENS):
                 for measured in (self._measure_offline, self._measure_served)[order]:
                     self._turn(index, load, measured, ALONE_S)
             for load in CLOSED_LOOPS if setup.vllm is not None else ():
@@ -195,17 +198,24 @@ class Run:
         return {"way": "offline", **described(records, seconds), "engine_cores": cores}
 
     def _measure_served(self, load: Load) -> dict[str, Any]:
-        requests = [
-            OnlineRequest(str(i), self._draw.draw(load.prompt_tokens), load.prompt_tokens, load.new_tokens)
-            for i in range(load.concurrency * load.waves)
+        waves = [
+            [
+                OnlineRequest(f"{wave}-{i}", self._draw.draw(load.prompt_tokens), load.prompt_tokens, load.new_tokens)
+                for i in range(load.concurrency)
+            ]
+            for wave in range(load.waves)
         ]
         hasten = self._setup.hasten
         api_s, engine_s = hasten.cpu_s()
-        run = self._setup.generator.run(requests, load.concurrency, min(REQUEST_TIMEOUT_S, self.left_s))
+        runs = [
+            self._setup.generator.run(wave, load.concurrency, min(REQUEST_TIMEOUT_S, self.left_s)) for wave in waves
+        ]
         api_end_s, engine_end_s = hasten.cpu_s()
-        seconds = run.end_s - run.start_s
+        seconds = sum(run.end_s - run.start_s for run in runs)
         cores = {"api_cores": (api_end_s - api_s) / seconds, "engine_cores": (engine_end_s - engine_s) / seconds}
-        return {"way": "served", **described(run.records, seconds), **cores, "client_share": run.client_share}
+        records = [record for run in runs for record in run.records]
+        client_share = max(run.client_share for run in runs)
+        return {"way": "served", **described(records, seconds), **cores, "client_share": client_share}
 
     def _measure_client(self, server: Server, seed: int, load: Load) -> dict[str, Any]:
         assert self._setup.client is not None
