@@ -1,14 +1,15 @@
 """The engine process: loads a runtime and steps it, for the API process at the other end of a socket.
 
 Run as `python -m hasten.serve.engine_process FD`. One thread reads commands, the main thread
-submits and steps, one thread encodes and sends, so that neither a slow API process nor encoding
-delays a step. A closed socket, also that of a parent that died, ends the process at once, whatever
-it is doing; SIGINT and SIGTERM are ignored, because the parent decides what they mean.
+submits, steps and sends, one thread sends what the socket does not take at once, so that a slow API
+process delays no step. A closed socket, also that of a parent that died, ends the process at once,
+whatever it is doing; SIGINT and SIGTERM are ignored, because the parent decides what they mean.
 
 Every submitted request ends in an event that says how, unless the process dies first; then the
 client makes it (`engine_client`).
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -37,7 +38,9 @@ MAX_FAILED_STEPS = 3
 
 
 class StepSender:
-    """Sends the results of steps from another thread; what comes while it sends goes together in one message.
+    """Sends the results of steps at once; what the socket does not take is sent from another thread.
+
+    What comes while that thread sends goes together in the next message.
 
     Args:
         message: the kind that carries the runtime's events.
@@ -47,28 +50,39 @@ class StepSender:
         self._channel = channel
         self._message = message
         self._events: list[Any] = []
-        self._stats: EngineStats | None = None
+        self._stats = EngineStats()
+        self._rest = b""  # of a message; while there is one, only the thread sends
         self._changed = threading.Condition()
 
     def put(self, events: Sequence[Any], stats: EngineStats) -> None:
-        """Hands over what is to be sent; waits while more than MAX_UNSENT_EVENTS are unsent."""
+        """Sends, or keeps for the thread; waits while more than MAX_UNSENT_EVENTS are kept."""
         with self._changed:
             while len(self._events) > MAX_UNSENT_EVENTS:
                 self._changed.wait()
             self._events += events
             self._stats = stats
-            self._changed.notify_all()
+            if self._rest:
+                return
+            self._rest = self._next_message()
+            with contextlib.suppress(BlockingIOError):
+                self._rest = self._rest[self._channel.send(self._rest, socket.MSG_DONTWAIT) :]
+            if self._rest:
+                self._changed.notify_all()
 
     def run(self) -> None:
-        """Sends, for ever, in the thread that calls it."""
+        """Sends what the socket did not take, for ever, in the thread that calls it."""
         while True:
             with self._changed:
-                while self._stats is None:
+                while not self._rest:
                     self._changed.wait()
-                events, self._events = self._events, []
-                stats, self._stats = self._stats, None
+            self._channel.sendall(self._rest)
+            with self._changed:
+                self._rest = self._next_message() if self._events else b""
                 self._changed.notify_all()
-            self._channel.sendall(frame(self._message(tuple(events), stats)))
+
+    def _next_message(self) -> bytes:
+        events, self._events = self._events, []
+        return frame(self._message(tuple(events), self._stats))
 
 
 class EngineLoop:
@@ -147,7 +161,8 @@ def serve(channel: socket.socket) -> None:
     channel.sendall(frame(Ready(runtime.facts)))
     sender = StepSender(channel, Step if isinstance(runtime, InFlightRuntime) else EmbeddingStep)
     _start_thread(sender.run)
-    EngineLoop(runtime, commands, sender).run()
+    with contextlib.suppress(ConnectionError):  # the parent has died
+        EngineLoop(runtime, commands, sender).run()
 
 
 def _read_commands(channel: socket.socket, commands: SimpleQueue[list[ToEngine]]) -> None:
