@@ -50,7 +50,7 @@ class StepSender:
         self._channel = channel
         self._message = message
         self._events: list[Any] = []
-        self._stats = EngineStats()
+        self._stats: EngineStats | None = None
         self._rest = b""  # of a message; while there is one, only the thread sends
         self._changed = threading.Condition()
 
@@ -63,7 +63,7 @@ class StepSender:
             self._stats = stats
             if self._rest:
                 return
-            self._rest = self._next_message()
+            self._rest = self._next_message(stats)
             with contextlib.suppress(BlockingIOError):
                 self._rest = self._rest[self._channel.send(self._rest, socket.MSG_DONTWAIT) :]
             if self._rest:
@@ -77,12 +77,12 @@ class StepSender:
                     self._changed.wait()
             self._channel.sendall(self._rest)
             with self._changed:
-                self._rest = self._next_message() if self._events else b""
+                self._rest = b"" if self._stats is None else self._next_message(self._stats)
                 self._changed.notify_all()
 
-    def _next_message(self) -> bytes:
-        events, self._events = self._events, []
-        return frame(self._message(tuple(events), self._stats))
+    def _next_message(self, stats: EngineStats) -> bytes:
+        events, self._events, self._stats = self._events, [], None
+        return frame(self._message(tuple(events), stats))
 
 
 class EngineLoop:
