@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from hasten.errors import RequestError
 from hasten.serve.json_route import JsonRoute
+from hasten.serve.openai_chat_models import TokenizeRequest
 from hasten.serve.openai_errors import ApiError, ApiException, describe
-from hasten.serve.openai_models import DetokenizeRequest, TokenizeRequest
+from hasten.serve.openai_models import DetokenizeRequest
 from hasten.serve.service import Service
 
 ERROR_SCHEMA = {

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import msgspec
 
 from hasten.request import FinishReason
+from hasten.serve.openai_chat_models import ChatCompletionRequest, ToolChoice
 from hasten.serve.openai_models import SamplingFields
 from hasten.serve.pieces import Piece, TokenLogprob
 from hasten.serve.service import Generation, Service
+from hasten.serve.tool_calls import ToolCall, ToolReader
 
 encode = msgspec.json.encode
 NO_USAGE = b',"usage":null}\n\n'  # no text has these bytes, since JSON escapes line breaks
@@ -244,3 +246,64 @@ class ChatFormat(AnswerFormat):
             for each in logprobs
         ]
         return {"content": content, "refusal": None}
+
+
+class ToolChatFormat(ChatFormat):
+    """Of a chat whose answer may call tools: calls are told from the text, and sent whole at the end of a choice."""
+
+    def __init__(
+        self, request_id: str, service: Service, body: ChatCompletionRequest, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(request_id, service, body, prompts)
+        self._new_reader = body.tool_reader
+        self._is_named = isinstance(body.tool_choice, ToolChoice)
+        self._readers: dict[int, ToolReader] = {}
+        self._calls: dict[int, list[ToolCall]] = {}
+
+    def events(self, pieces: Sequence[Piece], generations: Sequence[Generation]) -> bytes:
+        return super().events([self._without_calls(piece) for piece in pieces], generations)
+
+    def chunk(self, piece: Piece) -> bytes:
+        if piece.index not in self._plain:
+            return super().chunk(piece)  # tells the role and calls this again
+        calls = self._calls.get(piece.index)
+        if not calls:
+            has_something = piece.text or piece.logprobs or piece.finish_reason or self._has_token_ids
+            return super().chunk(piece) if has_something else b""
+        delta = {"tool_calls": [{"index": index} | _described(call) for index, call in enumerate(calls)]}
+        choice = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._event(choice) + super().chunk(piece)
+
+    def _without_calls(self, piece: Piece) -> Piece:
+        """The piece with the text that is certain to be no part of a call; the last one tells the calls as well."""
+        reader = self._readers.get(piece.index)
+        if reader is None:
+            reader = self._readers[piece.index] = self._new_reader()
+        text = reader.add(piece.text)
+        if piece.finish_reason is not None:
+            rest, self._calls[piece.index] = reader.finish()
+            text += rest
+        return msgspec.structs.replace(piece, text=text)
+
+    def _delta_choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        reason = self._reason(finish_reason, self._calls.get(index))
+        return super()._delta_choice(index, text, logprobs, reason)
+
+    def _whole_choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        reader = self._new_reader()
+        content = reader.add(text)
+        rest, calls = reader.finish()
+        choice = super()._whole_choice(index, content + rest, logprobs, self._reason(finish_reason, calls))
+        if calls:
+            called = {"content": content.strip() or None, "tool_calls": [_described(call) for call in calls]}
+            choice["message"] |= called
+        return choice
+
+    def _reason(self, finish_reason: str | None, calls: Sequence[ToolCall] | None) -> str | None:
+        """That an answer called, where that was the model's decision."""
+        return "tool_calls" if finish_reason == "stop" and calls and not self._is_named else finish_reason
+
+
+def _described(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}

@@ -101,7 +101,7 @@ class ResponseFormat(OpenAIModel):
     @property
     def grammar(self) -> Grammar | None:
         if self.json_schema is not None:
-            return _schema_grammar(self.json_schema.json_schema)
+            return schema_grammar(self.json_schema.json_schema)
         return Grammar("json_object") if self.type == "json_object" else None
 
 
@@ -121,11 +121,12 @@ class StructuredOutputs(OpenAIModel):
     @property
     def grammar(self) -> Grammar:
         if self.json_ is not None:
-            return Grammar("json_schema", self.json_) if isinstance(self.json_, str) else _schema_grammar(self.json_)
+            return Grammar("json_schema", self.json_) if isinstance(self.json_, str) else schema_grammar(self.json_)
         return Grammar("regex", self.regex) if self.regex is not None else Grammar("lark", self.grammar_ or "")
 
 
-def _schema_grammar(schema: dict[str, Any]) -> Grammar:
+def schema_grammar(schema: dict[str, Any]) -> Grammar:
+    """Of JSON that a schema describes. Raises RequestError for one that is nested too deeply."""
     try:
         return Grammar("json_schema", json.dumps(schema))
     except RecursionError as error:
@@ -165,6 +166,9 @@ class SamplingFields(OpenAIModel):
             return values
         kept = {}
         for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+                continue
             if name in REFUSED and value not in (None, *REFUSED[name]):
                 raise ValueError(f"{name} is not supported by this server: leave it out")
             if name not in IGNORED and name not in REFUSED:
@@ -240,61 +244,6 @@ class CompletionRequest(SamplingFields):
             return [self.prompt]
         first = self.prompt[0]
         return [self.prompt] if isinstance(first, int) else self.prompt  # type: ignore[return-value]
-
-
-class TextPart(OpenAIModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(OpenAIModel):
-    """One message. Roles and their order are the chat template's to judge."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates expect it: the parts of a text joined."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-
-
-class ChatCompletionRequest(SamplingFields):
-    """POST /v1/chat/completions."""
-
-    messages: Messages
-    max_tokens: int | None = Field(None, ge=1, le=INT32, description="OpenAI's older name of max_completion_tokens")
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32, description="as many as fit if absent")
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: set it to true")
-        return self
-
-
-class TokenizeRequest(OpenAIModel):
-    """POST /tokenize: of a prompt, or of messages in the chat template."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool = Field(True, description="of a prompt; a chat template has its own")
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt or messages must be given, and not both")
-        return self
 
 
 class DetokenizeRequest(OpenAIModel):

@@ -48,8 +48,17 @@ class ServeTokenizer:
             return [self._encode(text, True) for text in texts]
         return await asyncio.to_thread(lambda: [self._encode(text, True) for text in texts])
 
+    @property
+    def has_place_for_tools(self) -> bool:
+        """Whether the chat template, or one of several, tells the model of tools."""
+        return "tools" in str(self._tokenizer.chat_template)
+
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         """Token ids of messages in the model's chat template.
 
@@ -60,7 +69,10 @@ class ServeTokenizer:
             raise RequestError("the model has no chat template: use /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
         except Exception as error:  # a template is a program of the model's and may raise anything
             raise RequestError(f"the model's chat template refuses the messages: {error}") from error
