@@ -1,13 +1,15 @@
 """The block manager under random use, and the properties that a random walk would not name."""
 
 import dataclasses
+import random
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hasten.engine.block_manager import BlockManager, BlockTable, CachedBlock, chain_digest
+from hasten.engine.block_manager import BlockManager, BlockTable, CachedBlock, chain_digest, window_maximum
 from hasten.errors import OutOfBlocksError
 
 BLOCK_SIZE = 2
@@ -197,6 +199,36 @@ def test_what_continues_a_shared_prefix_evicts_no_other_while_there_is_room() ->
             manager.check_integrity(())
         assert all(manager.find(content) is not None for stream in streams for content in contents_of(stream))
     assert num_shared == 3
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 40))
+def test_window_maximum_is_that_of_each_window(values: list[int], length: int) -> None:
+    length = min(length, len(values))
+    expected = [max(values[start : start + length]) for start in range(len(values) - length + 1)]
+    assert window_maximum(np.array(values), length).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sequence_gets_the_run_that_was_used_longest_ago(seed: int) -> None:
+    draw = random.Random(seed)
+    manager = BlockManager(32, BLOCK_SIZE)
+    tables: list[BlockTable] = []
+    for number in range(60):
+        while tables and (draw.random() < 0.4 or manager.num_free_blocks < 8):
+            manager.release(tables.pop(draw.randrange(len(tables))))
+        length = draw.randint(1, 8)
+        newest_of_runs = {
+            start: max(manager._last_use[block] for block in range(start, start + length))
+            for start in range(manager.num_blocks - length + 1)
+            if all(block in manager._free for block in range(start, start + length))
+        }
+        table = fill(manager, [number] * BLOCK_SIZE * length)
+        if newest_of_runs:
+            assert table.block_ids[0] == min(newest_of_runs, key=lambda start: (newest_of_runs[start], start))
+            assert table.block_ids == list(range(table.block_ids[0], table.block_ids[0] + length))
+        tables.append(table)
+        manager.check_integrity(tables)
 
 
 def test_hash_collision_is_a_miss() -> None:
