@@ -3,7 +3,7 @@
 Also what all routes of the OpenAI API share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from hasten.errors import RequestError
 from hasten.serve.json_route import JsonRoute
-from hasten.serve.openai_chat_models import TokenizeRequest
+from hasten.serve.openai_chat_models import TokenizeRequest, Tool
 from hasten.serve.openai_errors import ApiError, ApiException, describe
 from hasten.serve.openai_models import DetokenizeRequest
 from hasten.serve.service import Service
+from hasten.serve.tokenizer import ServeTokenizer
 
 ERROR_SCHEMA = {
     "type": "object",
@@ -71,10 +72,14 @@ def models_router(service: Service) -> APIRouter:
                 tokens = await service.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         else:
             with blaming("messages"):
-                tokens = await service.tokenizer.encode_chat(
-                    [message.for_template() for message in body.messages],
-                    add_generation_prompt=body.add_generation_prompt,
-                )
+                messages = [message.for_template() for message in body.messages]
+            tokens = await chat_prompt(
+                service.tokenizer,
+                messages,
+                body.tools,
+                body.chat_template_kwargs,
+                add_generation_prompt=body.add_generation_prompt,
+            )
         token_strs = [service.tokenizer.text_of(token) for token in tokens] if body.return_token_strs else None
         return json_response(
             {
@@ -95,6 +100,32 @@ def models_router(service: Service) -> APIRouter:
         return json_response({"prompt": service.tokenizer.decode(body.tokens)})
 
     return router
+
+
+async def chat_prompt(
+    tokenizer: ServeTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Tool],
+    options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = True,
+) -> tuple[int, ...]:
+    """Token ids of a chat.
+
+    Args:
+        messages: as chat templates expect them.
+        options: variables of the chat template.
+
+    Raises:
+        ApiException: what the chat template cannot take.
+    """
+    described = [tool.for_template() for tool in tools]
+    with blaming("tools"):
+        tokenizer.check_tools(described)
+    with blaming("chat_template_kwargs"):
+        tokenizer.check_options(options)
+    with blaming("messages"):
+        return await tokenizer.encode_chat(messages, described, options, add_generation_prompt=add_generation_prompt)
 
 
 @contextmanager

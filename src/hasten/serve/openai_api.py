@@ -14,12 +14,12 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from hasten.errors import HastenError, RequestError
+from hasten.errors import HastenError
 from hasten.request import SamplingParams
 from hasten.serve.access import HttpRequest, http_request
 from hasten.serve.event_stream import DONE, EventStreamResponse
 from hasten.serve.json_route import JsonRoute
-from hasten.serve.models_api import ERRORS, blaming, check_model
+from hasten.serve.models_api import ERRORS, blaming, chat_prompt, check_model
 from hasten.serve.openai_chat_models import ChatCompletionRequest
 from hasten.serve.openai_errors import describe
 from hasten.serve.openai_format import AnswerFormat, ChatFormat, Choice, CompletionFormat, ToolChatFormat
@@ -63,20 +63,15 @@ def openai_router(service: Service) -> APIRouter:
         """Answers a conversation, put into the model's chat template."""
         record = http_request(request.scope)
         with blaming("messages"):
-            messages = [message.for_template() for message in body.messages]
-        record.prompts = messages
+            record.prompts = messages = [message.for_template() for message in body.messages]
         check_model(service, body.model)
         service.check_ready()
-        tools = [tool.for_template() for tool in body.offered_tools]
-        with blaming("tools"):
-            if tools and service.tokenizer.has_chat_template and not service.tokenizer.has_place_for_tools:
-                raise RequestError("the model's chat template does not tell it of tools: leave them out")
+        prompt = await chat_prompt(service.tokenizer, messages, body.offered_tools, body.chat_template_kwargs)
         with blaming("messages"):
-            prompt = await service.tokenizer.encode_chat(messages, tools)
             room = service.output_room(prompt)
         max_tokens = body.max_completion_tokens or body.max_tokens
         sampling = body.sampling(max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None)
-        form_class = ToolChatFormat if tools else ChatFormat
+        form_class = ToolChatFormat if body.offered_tools else ChatFormat
         form = form_class(record.request_id, service, body, [prompt])
         return await _answer(service, body, record, [prompt], sampling, form)
 

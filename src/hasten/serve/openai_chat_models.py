@@ -133,6 +133,7 @@ class ChatCompletionRequest(SamplingFields):
     tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="what the model may call")
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = Field(True, description="whether an answer may have several calls")
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=32, description="variables of the chat template")
 
     @model_validator(mode="after")
     def _check_together(self) -> "ChatCompletionRequest":
@@ -194,10 +195,14 @@ class TokenizeRequest(OpenAIModel):
     messages: Messages | None = None
     add_special_tokens: bool = Field(True, description="of a prompt; a chat template has its own")
     add_generation_prompt: bool = True
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="of messages")
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=32, description="variables of the chat template")
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check_together(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt or messages must be given, and not both")
+        if self.messages is None and (self.tools or self.chat_template_kwargs):
+            raise ValueError("tools and chat_template_kwargs belong to messages")
         return self

@@ -5,7 +5,9 @@ Rust tokenizers give up the interpreter's lock while they work, and calls do not
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import inspect
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hasten.errors import RequestError
@@ -48,19 +50,34 @@ class ServeTokenizer:
             return [self._encode(text, True) for text in texts]
         return await asyncio.to_thread(lambda: [self._encode(text, True) for text in texts])
 
-    @property
-    def has_place_for_tools(self) -> bool:
-        """Whether the chat template, or one of several, tells the model of tools."""
-        return "tools" in str(self._tokenizer.chat_template)
+    def check_tools(self, tools: Collection[Mapping[str, Any]]) -> None:
+        """Raises RequestError if the chat template, or one of several, could not tell the model of tools."""
+        if tools and self.has_chat_template and "tools" not in str(self._tokenizer.chat_template):
+            raise RequestError("the model's chat template does not tell it of tools: leave them out")
+
+    def check_options(self, options: Collection[str]) -> None:
+        """Raises RequestError for what is no variable of the chat template alone, as enable_thinking of Qwen3's is."""
+        if not options:
+            return
+        taken = {"messages", "conversations", *self._tokenizer.special_tokens_map}
+        taken.update(inspect.signature(self._tokenizer.apply_chat_template).parameters)
+        words = set(re.findall(r"\w+", str(self._tokenizer.chat_template)))
+        for name in options:
+            if name in taken or name not in words:
+                raise RequestError(f"the model's chat template has no option {name[:64]!r}")
 
     async def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         """Token ids of messages in the model's chat template.
+
+        Args:
+            tools, options: that were checked.
 
         Raises:
             RequestError: the model has no template, or it refuses the messages.
@@ -73,6 +90,7 @@ class ServeTokenizer:
                 tools=list(tools) or None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **options or {},
             )
         except Exception as error:  # a template is a program of the model's and may raise anything
             raise RequestError(f"the model's chat template refuses the messages: {error}") from error

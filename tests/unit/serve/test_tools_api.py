@@ -157,3 +157,30 @@ def test_a_template_without_tools_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     answer = post("/v1/chat/completions", CHAT)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     assert post("/v1/chat/completions", CHAT | {"tool_choice": "none"}).status_code == 200
+
+
+def test_variables_of_the_template_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE + "{{ 'I think' if enable_thinking else 'No' }}")
+
+    def told(options: Any) -> str:
+        body = CHAT | {"tool_choice": "none", "chat_template_kwargs": options}
+        client = writes("x")
+        assert post("/v1/chat/completions", body, client).status_code == 200
+        text: str = TOKENIZER.decode(client.requests[0].prompt_token_ids)
+        del body["tools"], body["tool_choice"]
+        assert tuple(post("/tokenize", body).json()["tokens"]) == client.requests[0].prompt_token_ids
+        return text
+
+    assert told({"enable_thinking": True}) == "user: Hi\nI think"
+    assert told({"enable_thinking": False}) == told({}) == "user: Hi\nNo"
+    for name in ("thinking", "messages", "tools", "tokenize", "chat_template", "bos_token", "", "a b"):
+        answer = post("/v1/chat/completions", CHAT | {"chat_template_kwargs": {name: "x"}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+def test_tokenize_counts_tools() -> None:
+    counts = [
+        post("/tokenize", {"messages": CHAT["messages"], "tools": tools}).json()["count"] for tools in ([], [ADD])
+    ]
+    assert counts[0] < counts[1]
+    assert post("/tokenize", {"prompt": "x", "tools": [ADD]}).status_code == 400
