@@ -192,13 +192,15 @@ class Engine:
         if not schedule.chunks:
             return None
         try:
-            return schedule, self._runner.launch(schedule)
+            launched = schedule, self._runner.launch(schedule)
         except torch.OutOfMemoryError:
             self._end(self.scheduler.fail(schedule), "error", OUT_OF_MEMORY)
             return None
         except Exception as error:
             self._end(self.scheduler.fail(schedule), "error", _step_failed(error))
             raise
+        self.scheduler.record_blocks()
+        return launched
 
     def _collect(self, schedule: Schedule, collect: Collect) -> None:
         """Waits for a step's tokens."""

@@ -82,6 +82,8 @@ class Scheduler:
         self._config = config
         self._blocks = block_manager
         self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._unrecorded: list[Sequence] = []  # scheduled, but their blocks are not known yet
+        self._unrecorded_begins: set[tuple[int, ...]] = set()  # their first blocks
 
     @property
     def has_unfinished(self) -> bool:
@@ -116,6 +118,7 @@ class Scheduler:
 
         Its tokens count as computed from now on: the step must run, before any later one.
         """
+        self.record_blocks()
         if self._should_wait_for_masks():
             return Schedule(())
         chunks: list[ScheduledChunk] = []
@@ -138,6 +141,16 @@ class Scheduler:
                 budget -= chunks[-1].num_tokens
         self.num_steps += bool(chunks)
         return Schedule(chunks, too_long)
+
+    def record_blocks(self) -> None:
+        """Makes known what the blocks of the scheduled tokens hold.
+
+        Hashing them takes 3 us a block: better done once the step is launched.
+        """
+        for sequence in self._unrecorded:
+            self._record_blocks(sequence)
+        self._unrecorded.clear()
+        self._unrecorded_begins.clear()
 
     def commit(self, schedule: Schedule, sampled: Items[SampledToken], time_s: float) -> list[TokenEvent]:
         """Takes over a computed step: appends the drawn tokens and ends what has ended.
@@ -291,6 +304,8 @@ class Scheduler:
         if not self._config.enable_prefix_cache and sequence.index == 0:
             return 0
         block_size = self._config.block_size
+        if tuple(sequence.token_ids[:block_size]) in self._unrecorded_begins:
+            self.record_blocks()
         for index in range((len(sequence.token_ids) - 1) // block_size):
             block = self._blocks.find(sequence.cached_block(index, block_size))
             if block is None:
@@ -304,7 +319,9 @@ class Scheduler:
         samples = num_tokens == sequence.num_uncomputed_tokens
         chunk = ScheduledChunk(sequence, start, num_tokens, samples, sequence.is_decoding)
         sequence.num_computed_tokens += num_tokens
-        self._record_blocks(sequence)
+        self._unrecorded.append(sequence)
+        if not sequence.is_decoding:
+            self._unrecorded_begins.add(tuple(sequence.token_ids[: self._config.block_size]))
         sequence.num_pending_tokens += samples
         sequence.is_decoding = samples
         return chunk

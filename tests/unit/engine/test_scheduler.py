@@ -279,6 +279,27 @@ def test_prefix_cache_computes_only_what_is_new(make_engine: Callable[..., Engin
         assert engine.scheduler.num_prefix_hit_tokens == (40 if enable_prefix_cache else 0)
 
 
+def test_prompts_that_arrive_together_share_what_they_begin_with(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_num_batched_tokens=64)
+    begin = tuple(range(3, 15))
+    for name in ("r0", "r1", "r2"):
+        prompt = (*begin, 20 + int(name[1])) if name != "r1" else tuple(range(30, 43))
+        engine.add_request(Request(name, prompt, SamplingParams(max_tokens=2)))
+    schedule = engine.scheduler.schedule()
+    assert [(chunk.start, chunk.num_tokens) for chunk in schedule.chunks] == [(0, 13), (0, 13), (12, 1)]
+
+
+def test_blocks_are_hashed_when_their_step_is_launched(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_num_batched_tokens=64)
+    engine.add_request(request("r0", 40, 2))
+    [chunk] = engine.scheduler.schedule().chunks
+    assert len(chunk.sequence.known_blocks) == 1, "the one that was looked for"
+    engine.scheduler.record_blocks()
+    assert len(chunk.sequence.known_blocks) == 10
+    engine.add_request(Request("r1", (*chunk.sequence.token_ids[:40], 5), SamplingParams(max_tokens=2)))
+    assert engine.scheduler.schedule().chunks[-1].start == 40
+
+
 def test_prefix_cache_off_does_not_find_blocks_of_another_request_with_continuations(
     make_engine: Callable[..., Engine], run: Run
 ) -> None:
