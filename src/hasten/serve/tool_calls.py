@@ -13,9 +13,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-TAG = "<tool_call>"
+TAG, END_TAG = "<tool_call>", "</tool_call>"
 
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>\s*|\Z)", re.DOTALL)
 _BETWEEN = re.compile(r"[\s;,]*")
 _decoder = json.JSONDecoder()
 
@@ -56,23 +55,34 @@ class FreeReader(ToolReader):
 
     def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
         self._names, self._max_calls = names, max_calls
-        self._held = ""
         self._has_text = False
+        self._begun = ""  # what may become a tag
+        self._held: list[str] = []  # what may be calls, to the end
 
     def add(self, text: str) -> str:
-        self._held += text
-        begin = self._held.lstrip()[:1]
-        if not self._has_text and begin in ("", "{", "["):
+        if self._held:
+            self._held.append(text)
             return ""
-        tag = self._held.find(TAG)
-        end = len(self._held) - _overlap(self._held, TAG) if tag < 0 else tag
-        text, self._held = self._held[:end], self._held[end:]
-        self._has_text |= bool(text.strip())
-        return text
+        text = self._begun + text
+        start = self._start(text)
+        self._begun = text[start:]
+        if self._begun.startswith((TAG, "{", "[")):
+            self._held, self._begun = [self._begun], ""
+        self._has_text |= bool(text[:start].strip())
+        return text[:start]
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        calls = list(_calls(self._held, self._names))
-        return ("", calls[: self._max_calls]) if calls else (self._held, [])
+        held = "".join(self._held) or self._begun
+        calls = list(_calls(held, self._names))
+        return ("", calls[: self._max_calls]) if calls else (held, [])
+
+    def _start(self, text: str) -> int:
+        """Where what may be calls starts."""
+        first = len(text) - len(text.lstrip())
+        if not self._has_text and text[first : first + 1] in ("{", "["):
+            return first
+        tag = text.find(TAG)
+        return len(text) - _overlap(text, TAG) if tag < 0 else tag
 
 
 class NamedReader(ToolReader):
@@ -80,14 +90,14 @@ class NamedReader(ToolReader):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._arguments = ""
+        self._arguments: list[str] = []
 
     def add(self, text: str) -> str:
-        self._arguments += text
+        self._arguments.append(text)
         return ""
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        return "", [ToolCall(self._name, self._arguments)]
+        return "", [ToolCall(self._name, "".join(self._arguments))]
 
 
 def _overlap(text: str, tag: str) -> int:
@@ -97,16 +107,27 @@ def _overlap(text: str, tag: str) -> int:
 
 def _calls(text: str, names: Collection[str]) -> Iterator[ToolCall]:
     """The calls that a text consists of; none if anything in it is no call."""
-    parts = _TAGGED.findall(text) if text.startswith(TAG) else [text]
-    if text.startswith(TAG) and _TAGGED.sub("", text):
-        return
     try:
-        values = [value for part in parts for value in _json_values(part)]
+        values = [value for part in _parts(text) for value in _json_values(part)]
     except (ValueError, RecursionError):
         return
     calls = [_call(value, names) for value in values]
     if None not in calls:
         yield from (call for call in calls if call is not None)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """What is between tags, or the text if it has none. Raises ValueError for text beside tags."""
+    start = 0
+    while text.startswith(TAG, start):
+        end = text.find(END_TAG, start)
+        end = len(text) if end < 0 else end
+        yield text[start + len(TAG) : end]
+        start = _skip(text, end + len(END_TAG))
+    if start == 0:
+        yield text
+    elif start < len(text):
+        raise ValueError("text behind a tag")
 
 
 def _json_values(text: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -24,14 +25,14 @@ def read(reader: ToolReader, pieces: list[str]) -> tuple[str, list[list[Any]]]:
 def cuts(text: str) -> list[list[str]]:
     draw = random.Random(text)
     ends = sorted(draw.sample(range(len(text)), min(5, len(text))))
-    return [[text], list(text), [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]]
+    return [[text], ["", *text], [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]]
 
 
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
         (ADD, "", CALLS[1:]),
-        (f" \n{ADD}\n", "", CALLS[1:]),
+        (f" \n{ADD}\n", " \n", CALLS[1:]),
         (f"[{WEATHER}, {ADD}]", "", CALLS),
         (f"{ADD}; {ADD}", "", CALLS[1:] * 2),
         (f"<tool_call>\n{ADD}\n</tool_call>", "", CALLS[1:]),
@@ -81,6 +82,25 @@ def test_text_is_passed_on_while_it_is_written() -> None:
         "<b> ",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 10**6,
+        "<tool_call>" + " " * 10**6 + "a",
+        "<tool_call></tool_call>" * 10**5,
+        "{" * 10**6,
+        '{"name": "add", "arguments": {"a": ' + "9" * 10**6,
+        ADD * 10**4 + " ",
+        "<tool_call" * 10**5,
+    ],
+    ids=lambda text: text[:24],
+)
+def test_long_answers_take_no_longer_than_their_length(text: str) -> None:
+    start_s = time.process_time()
+    read(FreeReader(NAMES), [text[start : start + 20] for start in range(0, len(text), 20)])
+    assert time.process_time() - start_s < 2
 
 
 def test_calls_beyond_the_limit_are_left_out() -> None:
