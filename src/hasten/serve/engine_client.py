@@ -42,7 +42,6 @@ RESTART_WINDOW_S = 600.0
 FIRST_BACKOFF_S = 0.5
 """Doubles with each restart in the window: what killed the process, such as too little memory, may pass."""
 
-
 MAX_UNSENT_S = 0.005
 """How long a request that finds the engine idle may wait for others; taking one in takes 0.2 ms."""
 
@@ -313,6 +312,8 @@ class _Connection(asyncio.Protocol):
         data = frame(command)
         if self._unsent:
             self._unsent.append(data)
+            if self._has_waited:
+                self._flush()
         elif self._streams or self._embeddings:
             self._write(data)
         else:
@@ -320,14 +321,21 @@ class _Connection(asyncio.Protocol):
             self._unsent_since_s = time.perf_counter()
             self._collect(num_before=0)
 
+    @property
+    def _has_waited(self) -> bool:
+        return time.perf_counter() > self._unsent_since_s + MAX_UNSENT_S
+
     def _collect(self, num_before: int) -> None:
         """Writes what is unsent once a turn of the event loop has added nothing to it."""
-        num_unsent, waited_s = len(self._unsent), time.perf_counter() - self._unsent_since_s
-        if num_unsent > num_before and waited_s < MAX_UNSENT_S:
+        num_unsent = len(self._unsent)
+        if num_unsent > num_before and not self._has_waited:
             asyncio.get_running_loop().call_soon(self._collect, num_unsent)
         else:
-            data, self._unsent = b"".join(self._unsent), []
-            self._write(data)
+            self._flush()
+
+    def _flush(self) -> None:
+        data, self._unsent = b"".join(self._unsent), []
+        self._write(data)
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None and not self.lost.is_set():

@@ -164,16 +164,11 @@ class SamplingFields(OpenAIModel):
     def _leave_out_what_is_not_served(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {}
+        not_served = {*IGNORED, *REFUSED} - cls.model_fields.keys()
         for name, value in values.items():
-            if name in cls.model_fields:
-                kept[name] = value
-                continue
-            if name in REFUSED and value not in (None, *REFUSED[name]):
+            if name in not_served and name in REFUSED and value not in (None, *REFUSED[name]):
                 raise ValueError(f"{name} is not supported by this server: leave it out")
-            if name not in IGNORED and name not in REFUSED:
-                kept[name] = value
-        return kept
+        return {name: value for name, value in values.items() if name not in not_served}
 
     @model_validator(mode="after")
     def _check_one_format(self) -> "SamplingFields":

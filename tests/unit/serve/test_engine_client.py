@@ -135,6 +135,21 @@ def test_requests_that_find_the_engine_idle_together_start_in_one_step(
     run(test(), loop)
 
 
+def test_the_first_of_many_requests_does_not_wait_for_all(scripted: Callable[..., EngineClient]) -> None:
+    async def test() -> None:
+        async with started(scripted(max_num_seqs=64)) as client:
+            streams = []
+            for i in range(50):
+                streams.append(client.stream(request(str(i), max_tokens=1)))
+                time.sleep(0.002)  # as long as taking one in keeps the event loop
+            last_submitted_s = time.perf_counter()
+            events = [await anext(stream) for stream in streams]
+            assert events[0][0].time_s < last_submitted_s - 0.05
+            assert client.stats.num_generated_tokens == 50
+
+    run(test())
+
+
 def test_facts_events_and_stats(scripted: Callable[..., EngineClient], tmp_path: Path) -> None:
     async def test() -> None:
         client = scripted()
