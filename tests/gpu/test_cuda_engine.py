@@ -340,3 +340,25 @@ def test_mixed_graphs_compute_what_kernels_run_one_by_one_do(
         both = [(value, expected[token]) for token, value in ours.top_logprobs if token in expected]
         assert len(both) >= 15
         assert max(abs(one - other) for one, other in both) < 0.15
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_logprobs_of_a_prompt_are_those_of_the_cpu(name: str, get_path: GetPath) -> None:
+    """Scored in three chunks, beside steps that are under way."""
+    requests = [greedy("scored", 300, prompt_logprobs=5), greedy("other", 40)]
+    tokens, values = [], []
+    for device in ("cpu", "cuda"):
+        engine = load_engine(get_path(name), "fp32", device)
+        for request in requests:
+            engine.add_request(request)
+        events = []
+        while engine.has_unfinished:
+            events += engine.step()
+        tokens.append(
+            [[event.token_id for event in events if event.request_id == each.request_id] for each in requests]
+        )
+        scored = [one for event in events for one in event.prompt_logprobs or ()]
+        values.append([[value, *(each for _, each in top)] for value, top in scored])
+    assert tokens[0] == tokens[1]
+    assert torch.tensor(values[0]).shape == (299, 6)
+    torch.testing.assert_close(torch.tensor(values[1]), torch.tensor(values[0]), atol=1e-3, rtol=0)

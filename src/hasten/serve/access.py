@@ -75,6 +75,8 @@ class HttpRequest:
     """One request while it is answered, and what its line in the log will say.
 
     Args:
+        headers: of several with one name, the last.
+        body: whole.
         generations: what a route opened for it.
         stream: what is left to send once the framework has returned.
         prompts: what a route was asked to continue, for a log that may have it.
@@ -91,6 +93,7 @@ class HttpRequest:
     generations: Sequence["Work"] = ()
     prompts: Any = None
     headers: dict[bytes, bytes] = field(default_factory=dict)
+    body: bytes = b""
 
 
 def http_request(scope: Scope) -> HttpRequest:
@@ -167,7 +170,8 @@ class Gate:
             record.error = body.code
             await self._error_response(scope, body)(scope, receive, send)
         elif body is not None:
-            await self._run(scope, record, body, receive, send)
+            record.body = body
+            await self._run(scope, record, receive, send)
 
     def _refusal(self, scope: Scope, record: HttpRequest) -> ApiError | None:
         """Why a request is not even read."""
@@ -201,10 +205,10 @@ class Gate:
         except TimeoutError:
             return ApiError(408, "body_timeout", f"the request's body did not come within {BODY_TIMEOUT_S:.0f} s")
 
-    async def _run(self, scope: Scope, record: HttpRequest, body: bytes, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, record: HttpRequest, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
         assert task is not None
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        messages = [{"type": "http.request", "body": record.body, "more_body": False}]
 
         async def receive_read() -> Message:
             return messages.pop() if messages else await asyncio.Future()

@@ -16,9 +16,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
-from hasten.errors import HastenError
 from hasten.serve.access import ApiKeys, Gate, http_request
 from hasten.serve.embedding_api import embedding_router
+from hasten.serve.json_route import EXPECTED_ERRORS, JsonRoutes
 from hasten.serve.kserve_embeddings import embedding_models
 from hasten.serve.kserve_generation import generating_models
 from hasten.serve.kserve_http import PREFIX, kserve_error, kserve_router
@@ -109,9 +109,10 @@ def _gated(service: Service, limits: HttpLimits, *routers: APIRouter) -> ASGIApp
     app = FastAPI(title="hasten", version=version("hasten"), docs_url=None, redoc_url=None)
     for router in routers:
         app.include_router(router)
-    _answer_errors(app)
+    for kind in (*EXPECTED_ERRORS, Exception):
+        app.add_exception_handler(kind, _answer_error)
     gate = Gate(
-        app,
+        JsonRoutes(app, routers, _answer_error),
         keys=limits.keys,
         open_paths=OPEN_PATHS,
         max_body_bytes=limits.max_body_bytes,
@@ -159,26 +160,15 @@ def operations_router(service: Service) -> APIRouter:
     return router
 
 
-def _answer_errors(app: FastAPI) -> None:
-    def answer(request: Request, error: ApiError) -> Response:
-        http_request(request.scope).error = error.code
-        return error_response(request.scope, error)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return answer(request, describe_validation(error.errors(), _fields_of(request)))
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return answer(request, describe_http(error.status_code, str(error.detail)))
-
-    async def failed(request: Request, error: Exception) -> Response:
-        return answer(request, describe(error))
-
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, refused)
-    for kind in (ApiException, HastenError, Exception):
-        app.add_exception_handler(kind, failed)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        described = describe_validation(error.errors(), _fields_of(request))
+    elif isinstance(error, HTTPException):
+        described = describe_http(error.status_code, str(error.detail))
+    else:
+        described = describe(error)
+    http_request(request.scope).error = described.code
+    return error_response(request.scope, described)
 
 
 def _fields_of(request: Request) -> list[str]:

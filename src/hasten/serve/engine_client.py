@@ -42,6 +42,9 @@ RESTART_WINDOW_S = 600.0
 FIRST_BACKOFF_S = 0.5
 """Doubles with each restart in the window: what killed the process, such as too little memory, may pass."""
 
+QUIET_TURNS = 3
+"""Of the event loop, in which no request follows: what it finds in a socket is a request two turns later."""
+
 MAX_UNSENT_S = 0.005
 """How long a request that finds the engine idle may wait for others; taking one in takes 0.2 ms."""
 
@@ -325,13 +328,14 @@ class _Connection(asyncio.Protocol):
     def _has_waited(self) -> bool:
         return time.perf_counter() > self._unsent_since_s + MAX_UNSENT_S
 
-    def _collect(self, num_before: int) -> None:
-        """Writes what is unsent once a turn of the event loop has added nothing to it."""
+    def _collect(self, num_before: int, num_quiet_turns: int = 0) -> None:
+        """Writes what is unsent once some turns of the event loop have added nothing to it."""
         num_unsent = len(self._unsent)
-        if num_unsent > num_before and not self._has_waited:
-            asyncio.get_running_loop().call_soon(self._collect, num_unsent)
-        else:
+        num_quiet_turns = num_quiet_turns + 1 if num_unsent == num_before else 0
+        if num_quiet_turns == QUIET_TURNS or self._has_waited:
             self._flush()
+        else:
+            asyncio.get_running_loop().call_soon(self._collect, num_unsent, num_quiet_turns)
 
     def _flush(self) -> None:
         data, self._unsent = b"".join(self._unsent), []

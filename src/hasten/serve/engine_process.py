@@ -1,9 +1,9 @@
 """The engine process: loads a runtime and steps it, for the API process at the other end of a socket.
 
-Run as `python -m hasten.serve.engine_process FD`. One thread reads commands, the main thread
-submits, steps and sends, one thread sends what the socket does not take at once, so that a slow API
-process delays no step. A closed socket, also that of a parent that died, ends the process at once,
-whatever it is doing; SIGINT and SIGTERM are ignored, because the parent decides what they mean.
+Run as `python -m hasten.serve.engine_process FD`. The main thread reads commands between steps, steps and sends;
+one thread sends what the socket does not take at once, so that a slow API process delays no step, and one waits for
+the socket to be closed: that, also by a parent that died, ends the process at once, whatever it is doing. SIGINT and
+SIGTERM are ignored, because the parent decides what they mean.
 
 Every submitted request ends in an event that says how, unless the process dies first; then the
 client makes it (`engine_client`).
@@ -12,13 +12,13 @@ client makes it (`engine_client`).
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import Any
 
 from hasten.errors import HastenError, RequestError
@@ -35,6 +35,32 @@ READ_BYTES = 1 << 20
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other: a device that is lost fails in all of them, and needs a new process."""
+
+
+class CommandReader:
+    """Reads commands in the thread that steps: another one would have to wake it for a request that finds it idle."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._splitter = MessageSplitter(decoder(ToEngine))
+
+    def read(self, *, waits: bool) -> list[ToEngine]:
+        """What came since the last call; none, or waits for at least one.
+
+        Raises:
+            ConnectionError: the other end was closed.
+        """
+        commands: list[ToEngine] = []
+        while True:
+            try:
+                data = self._channel.recv(READ_BYTES, 0 if waits else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return commands
+            if not data:
+                raise ConnectionError("the API process has closed its end")
+            commands += self._splitter.feed(data)
+            if commands or not waits:
+                return commands
 
 
 class StepSender:
@@ -86,13 +112,9 @@ class StepSender:
 
 
 class EngineLoop:
-    """Submits, aborts and steps in the thread that calls `run`.
+    """Submits, aborts and steps in the thread that calls `run`; requests that were sent together start in one step."""
 
-    Args:
-        commands: those that came together are one item, so that requests sent together start in one step.
-    """
-
-    def __init__(self, runtime: SteppedRuntime, commands: SimpleQueue[list[ToEngine]], sender: StepSender) -> None:
+    def __init__(self, runtime: SteppedRuntime, commands: CommandReader, sender: StepSender) -> None:
         self._runtime = runtime
         self._commands = commands
         self._sender = sender
@@ -102,9 +124,8 @@ class EngineLoop:
         """Runs until steps fail again and again; raises what the last of them raised."""
         while True:
             events: list[Any] = []
-            while not self._commands.empty() or not (events or self._runtime.has_unfinished):
-                for command in self._commands.get():
-                    events += self._execute(command)
+            for command in self._commands.read(waits=not self._runtime.has_unfinished):
+                events += self._execute(command)
             if self._runtime.has_unfinished:
                 events += self._step()
             self._sender.put(events, self._runtime.stats())
@@ -143,10 +164,10 @@ class EngineLoop:
 
 
 def serve(channel: socket.socket) -> None:
-    """Loads the runtime that the first command names and runs it until the channel is closed."""
-    commands: SimpleQueue[list[ToEngine]] = SimpleQueue()
-    _start_thread(_read_commands, channel, commands)
-    [load] = commands.get()
+    """Loads the runtime that the first command names and runs it until the channel is closed: a ConnectionError."""
+    _start_thread(_wait_until_closed, channel)
+    commands = CommandReader(channel)
+    [load] = commands.read(waits=True)
     assert isinstance(load, Load), "the client loads first, and sends nothing until that is done"
     try:
         found = serving_runtime(load.runtime, load.config.scheme)
@@ -161,16 +182,13 @@ def serve(channel: socket.socket) -> None:
     channel.sendall(frame(Ready(runtime.facts)))
     sender = StepSender(channel, Step if isinstance(runtime, InFlightRuntime) else EmbeddingStep)
     _start_thread(sender.run)
-    with contextlib.suppress(ConnectionError):  # the parent has died
-        EngineLoop(runtime, commands, sender).run()
+    EngineLoop(runtime, commands, sender).run()
 
 
-def _read_commands(channel: socket.socket, commands: SimpleQueue[list[ToEngine]]) -> None:
-    """Queues commands until the socket is closed."""
-    splitter = MessageSplitter(decoder(ToEngine))
-    while data := channel.recv(READ_BYTES):
-        if found := splitter.feed(data):
-            commands.put(found)
+def _wait_until_closed(channel: socket.socket) -> None:
+    poll = select.poll()
+    poll.register(channel, 0)  # nothing but what is always told, that the other end is closed
+    poll.poll()
 
 
 def _start_thread(target: Callable[..., None], *args: object) -> None:
@@ -195,7 +213,8 @@ def main() -> None:
         signal.signal(each, signal.SIG_IGN)
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)  # or a child of this process could keep it open
-    serve(channel)
+    with contextlib.suppress(ConnectionError):  # the parent has died
+        serve(channel)
 
 
 if __name__ == "__main__":

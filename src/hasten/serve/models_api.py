@@ -3,8 +3,7 @@
 Also what all routes of the OpenAI API share.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -128,13 +127,18 @@ async def chat_prompt(
         return await tokenizer.encode_chat(messages, described, options, add_generation_prompt=add_generation_prompt)
 
 
-@contextmanager
-def blaming(param: str) -> Iterator[None]:
+class blaming:
     """Names the field that a RequestError inside is about."""
-    try:
-        yield
-    except RequestError as error:
-        raise ApiException(describe(error, param)) from error
+
+    def __init__(self, param: str) -> None:
+        self._param = param
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RequestError):
+            raise ApiException(describe(error, self._param)) from error
 
 
 def check_model(service: Service, name: str | None) -> None:

@@ -6,6 +6,7 @@ parameters that exist but are not served, those that cannot change the answer ar
 are refused unless they ask for nothing.
 """
 
+import functools
 import json
 from typing import Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ class OpenAIModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or None not in values.values():
             return values
         return {name: value for name, value in values.items() if value is not None}
 
@@ -162,9 +163,9 @@ class SamplingFields(OpenAIModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_is_not_served(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        not_served = _names_not_served(cls)
+        if not isinstance(values, dict) or not_served.isdisjoint(values):
             return values
-        not_served = {*IGNORED, *REFUSED} - cls.model_fields.keys()
         for name, value in values.items():
             if name in not_served and name in REFUSED and value not in (None, *REFUSED[name]):
                 raise ValueError(f"{name} is not supported by this server: leave it out")
@@ -209,6 +210,11 @@ class SamplingFields(OpenAIModel):
             logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             grammar=self.grammar,
         )
+
+
+@functools.cache
+def _names_not_served(model: type[SamplingFields]) -> frozenset[str]:
+    return frozenset({*IGNORED, *REFUSED} - model.model_fields.keys())
 
 
 class CompletionRequest(SamplingFields):

@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,6 +132,43 @@ def test_requests_that_find_the_engine_idle_together_start_in_one_step(
         async with started(scripted()) as client:
             for wave in range(10):
                 await asyncio.gather(*(read(client, request(f"{wave}-{i}", (3,), 4)) for i in range(8)))
+            assert (client.stats.num_steps, client.stats.num_generated_tokens) == (10 * 4, 10 * 8 * 4)
+
+    run(test(), loop)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_requests_that_arrive_while_others_are_taken_in_start_with_them(
+    scripted: Callable[..., EngineClient], loop: str
+) -> None:
+    """Each comes by a socket of its own, the next one while it is taken in."""
+
+    async def send_wave(client: EngineClient, wave: int) -> None:
+        arrivals = [socket.socketpair() for _ in range(8)]
+        taken: list[asyncio.Task[object]] = []
+
+        async def take(index: int) -> None:
+            if index < 7:
+                arrivals[index + 1][1].send(b"x")
+            await read(client, request(f"{wave}-{index}", (3,), 4))
+
+        def arrive(index: int) -> None:
+            asyncio.get_running_loop().remove_reader(arrivals[index][0])
+            taken.append(asyncio.create_task(take(index)))
+
+        for index, (theirs, _) in enumerate(arrivals):
+            asyncio.get_running_loop().add_reader(theirs, arrive, index)
+        arrivals[0][1].send(b"x")
+        while len(taken) < 8:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*taken)
+        for each in itertools.chain.from_iterable(arrivals):
+            each.close()
+
+    async def test() -> None:
+        async with started(scripted()) as client:
+            for wave in range(10):
+                await send_wave(client, wave)
             assert (client.stats.num_steps, client.stats.num_generated_tokens) == (10 * 4, 10 * 8 * 4)
 
     run(test(), loop)
